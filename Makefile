@@ -1,0 +1,50 @@
+# Everything a clone needs, from Python 3.11 or newer, make and pip. `make` alone lists the verbs.
+
+PYTHON     ?= python3
+DEMO_FLAGS ?= --workers 4 --task digits --rule gem
+TEST_FLAGS ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# Quiet, except for errors.
+INSTALL := $(PIP) install -qq --constraint constraints.txt
+
+.PHONY: help demo test check bench slow clean
+
+help:  ## list the verbs
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(STAMP)  ## a server and four workers on a small data set, in under a minute
+	$(BIN)/paramserver launch $(DEMO_FLAGS)
+
+test: $(STAMP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+check: $(STAMP)  ## format, lint, types, and the commands in the docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_docs.py
+
+bench: $(STAMP)  ## time one exchange against the peers
+	$(BIN)/python -m benchmarks roundtrip
+
+slow: $(STAMP)  ## the slow tests only
+	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
+
+clean:  ## remove caches and build outputs; .venv and the outputs of runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The stamp is written last: an interrupted install is done again, a finished one is not repeated until what it
+# was made from changes. Torch goes first and alone, so that a build that lies on pip's find-links is the one taken.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not. Try: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	@$(INSTALL) torch
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@

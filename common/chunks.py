@@ -1,0 +1,117 @@
+"""How a flat vector travels in a codec: cut into blocks, packed into chunks.
+
+    vector   [ body              | dense | buffers ]
+    blocks   [ b0 | b1 | ... | bi | ... |  ...     ]    at most 65,536 elements, one codec each
+    chunks   [ c0            | c1          | ...   ]    whole blocks, at most 1 MiB: one message each
+
+Laws
+* Body blocks use the codec, dense blocks what the codec names for them, buffers always fp32.
+* A block's encoded bytes start at a multiple of 8 and are zero-padded to one.
+* Both ends compute the same plan from layout and codec name, so no offset ever crosses the wire.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common import codecs
+from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
+from common.errors import CodecError
+from common.layout import Layout
+
+CHUNK_BYTES = 1 << 20
+ALIGNMENT_BYTES = 8
+
+
+class Block(NamedTuple):
+    """Elements [first, last) of the vector, encoded at [offset, offset + size) bytes."""
+
+    codec: Codec
+    first: int
+    last: int
+    offset: int
+    size: int
+
+
+class Chunk(NamedTuple):
+    """Blocks [first, last) at [offset, offset + size) bytes: one message."""
+
+    first: int
+    last: int
+    offset: int
+    size: int
+
+
+class Plan(NamedTuple):
+    """All blocks and chunks of one layout in one codec."""
+
+    codec: str
+    elements: int
+    parameter_blocks: int
+    """The first so many blocks hold parameters, the others buffers."""
+    blocks: tuple[Block, ...]
+    chunks: tuple[Chunk, ...]
+    bytes: int
+
+    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None) -> None:
+        """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity."""
+        for block in self.blocks[first:last]:
+            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+            block.codec.encode(flat[block.first : block.last], data[block.offset : end])
+            data[end : block.offset + block.size] = 0
+
+    def check(self, data: U8, chunk: Chunk) -> None:
+        """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
+        for block in self.blocks[chunk.first : chunk.last]:
+            elements = block.last - block.first
+            end = block.offset + block.codec.encoded_bytes(elements)
+            block.codec.check(data[block.offset : end], elements)
+            if data[end : block.offset + block.size].any():
+                raise CodecError("The padding of a block is not zero.")
+
+    def decode(self, data: U8, flat: F32, first: int = 0, last: int | None = None) -> None:
+        """flat: (elements,) <- checked data: (bytes,), blocks [first, last)."""
+        for block in self.blocks[first:last]:
+            self.decode_block(block, data, flat[block.first : block.last])
+
+    @staticmethod
+    def decode_block(block: Block, data: U8, out: F32) -> None:
+        """out: (elements of the block,) <- checked data: (bytes,)."""
+        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+        block.codec.decode(data[block.offset : end], out)
+
+
+def plan(layout: Layout, codec_name: str) -> Plan:
+    """The plan of `layout` in the codec of that name."""
+    codec = codecs.load(codec_name)
+    sections = (
+        (codec, 0, layout.body),
+        (codecs.load(codec.dense), layout.body, layout.parameters),
+        (codecs.load("fp32"), layout.parameters, layout.elements),
+    )
+    blocks: list[Block] = []
+    offset = 0
+    for section_codec, start, end in sections:
+        for first in range(start, end, BLOCK_ELEMENTS):
+            last = min(first + BLOCK_ELEMENTS, end)
+            size = _aligned(section_codec.encoded_bytes(last - first))
+            blocks.append(Block(section_codec, first, last, offset, size))
+            offset += size
+    parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
+    return Plan(codec_name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _pack(blocks: list[Block]) -> tuple[Chunk, ...]:
+    """As many whole blocks into each chunk as fit 1 MiB."""
+    chunks: list[Chunk] = []
+    first = 0
+    for index, block in enumerate(blocks):
+        full = index + 1 == len(blocks) or blocks[index + 1].offset + blocks[index + 1].size - blocks[first].offset > CHUNK_BYTES
+        if full:
+            chunks.append(Chunk(first, index + 1, blocks[first].offset, block.offset + block.size - blocks[first].offset))
+            first = index + 1
+    return tuple(chunks)

@@ -1,0 +1,41 @@
+"""`fp32`: the identity. 4 bytes per element, lossless, little-endian IEEE 754 single precision."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.codecs.base import F32, U8, Codec, all_finite, expect_bytes, non_finite
+
+EXPONENT = np.uint32(0x7F80_0000)
+
+
+def encode(x: F32, out: U8) -> None:
+    if not all_finite(x.view(np.uint32), EXPONENT):
+        raise non_finite("The vector to encode")
+    out.view(np.float32)[:] = x
+
+
+def check(data: U8, n: int) -> None:
+    expect_bytes(data, 4 * n)
+    if not all_finite(data.view(np.uint32), EXPONENT):
+        raise non_finite("The update")
+
+
+def decode(data: U8, x: F32) -> None:
+    x[:] = data.view(np.float32)
+
+
+CODEC = Codec(
+    name="fp32",
+    summary="single precision, as it is",
+    paper="IEEE 754",
+    bytes_per_element="4",
+    lossless=True,
+    unbiased=True,
+    dense="fp32",
+    encoded_bytes=lambda n: 4 * n,
+    encode=encode,
+    check=check,
+    decode=decode,
+    error_bound=np.zeros_like,
+)

@@ -1,0 +1,210 @@
+"""A model's tensors <-> one flat float32 vector.
+
+    flat = [ body | dense | buffers ]
+             parameters      float buffers (batch-norm statistics), raw
+
+Laws
+* Within the parameters, those a lossy codec may quantise (`body`) come first; one-dimensional tensors and tensors
+  under 4 KiB (`dense`), which quantise badly, follow. So what goes dense is one range, not a list of ranges.
+* A tensor shared under several names (tied weights) occurs once, under its first name.
+* Integer buffers (such as a count of batches) are local to each worker: described, so that a mismatch shows, but not
+  in the vector. Buffers that the model does not save are left out altogether.
+* Two models fit together exactly if their fingerprints are equal; if not, `difference` names the first tensor.
+* Models in half precision exchange float32: what the rounding of a merge did is not taken for training (`Binding`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.errors import Code, PeerError, UsageError
+
+Kind = Literal["parameter", "buffer", "local"]
+
+DENSE_BYTES = 4096
+"""Parameters smaller than this, or with one dimension, are never quantised."""
+TENSORS = 100_000
+DIMENSIONS = 8
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a model. `local` tensors take no room in the vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dense(self) -> bool:
+        return len(self.shape) < 2 or 4 * self.elements < DENSE_BYTES
+
+    def __str__(self) -> str:
+        return f"{self.kind} '{self.name}' {self.dtype}{list(self.shape)}"
+
+
+class Layout(NamedTuple):
+    """The tensors of a model in the order of the vector: body, dense, buffers; then the local ones."""
+
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Layout:
+        """The layout of `model`; raises UsageError for what cannot be trained this way."""
+        names: dict[int, list[str]] = {}
+        found: dict[int, tuple[torch.Tensor, Kind]] = {}
+        for tensor, kind, name in _named(model):
+            names.setdefault(id(tensor), []).append(name)
+            found.setdefault(id(tensor), (tensor, kind))
+        tensors = [
+            Tensor(names[key][0], tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kind, tuple(names[key][1:]))
+            for key, (tensor, kind) in found.items()
+        ]
+        for tensor in tensors:
+            if tensor.kind == "parameter" and tensor.dtype not in DTYPES:
+                raise UsageError(f"Cannot exchange {tensor}: parameters must be {', '.join(DTYPES)}.")
+        if not any(tensor.kind == "parameter" and tensor.elements for tensor in tensors):
+            raise UsageError("The model has no parameters to train.", fix="Join after the model is built.")
+        return cls(tuple(sorted(tensors, key=_order)))
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters: body and dense."""
+        return sum(t.elements for t in self.tensors if t.kind == "parameter")
+
+    @property
+    def body(self) -> int:
+        """Elements that a lossy codec may quantise."""
+        return sum(t.elements for t in self.tensors if t.kind == "parameter" and not t.dense)
+
+    @property
+    def buffers(self) -> int:
+        """Elements of all float buffers."""
+        return sum(t.elements for t in self.tensors if t.kind == "buffer")
+
+    @property
+    def elements(self) -> int:
+        """Length of the flat vector."""
+        return self.parameters + self.buffers
+
+    def describe(self) -> bytes:
+        """The layout as JSON, for the wire and the checkpoint; `parse` is the inverse."""
+        return json.dumps([[t.name, t.shape, t.dtype, t.kind, t.aliases] for t in self.tensors]).encode()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly for models that fit together."""
+        return hashlib.sha256(self.describe()).hexdigest()[:32]
+
+    def difference(self, other: Layout) -> str:
+        """One sentence that names the first tensor in which `other` (a worker's) differs; empty where none does."""
+        for mine, theirs in zip(self.tensors, other.tensors, strict=False):
+            if mine != theirs:
+                return f"The first tensor that differs is {theirs} in the worker, {mine} on the server."
+        if len(self.tensors) > len(other.tensors):
+            return f"The worker lacks {self.tensors[len(other.tensors)]}."
+        if len(self.tensors) < len(other.tensors):
+            return f"The worker has {other.tensors[len(self.tensors)]} too many."
+        return ""
+
+    @classmethod
+    def parse(cls, description: bytes | bytearray | memoryview, *, elements_limit: int) -> Layout:
+        """The layout that a stranger described; raises PeerError. Nothing is allocated by what it claims."""
+        try:
+            rows = json.loads(bytes(description))
+            tensors = tuple(_tensor(row) for row in rows[: TENSORS + 1])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise PeerError(Code.MALFORMED, f"The layout cannot be read ({type(error).__name__}).") from None
+        if len(tensors) > TENSORS:
+            raise PeerError(Code.LIMIT, f"The model has over {TENSORS} tensors.")
+        layout = cls(tensors)
+        if list(tensors) != sorted(tensors, key=_order) or layout.parameters == 0:
+            raise PeerError(Code.MALFORMED, "The layout has no parameters, or they are not in order.")
+        if layout.elements > elements_limit:
+            raise PeerError(
+                Code.LIMIT,
+                f"The model has {layout.elements:,} elements, this server takes at most {elements_limit:,}.",
+                fix="Raise `max_elements`.",
+            )
+        return layout
+
+
+def _order(tensor: Tensor) -> int:
+    """Place of a tensor's group in the vector; sorting is stable, so the model's order holds within a group."""
+    if tensor.kind == "parameter":
+        return int(tensor.dense)
+    return 2 if tensor.kind == "buffer" else 3
+
+
+def _named(model: torch.nn.Module) -> Iterable[tuple[torch.Tensor, Kind, str]]:
+    saved = model.state_dict(keep_vars=True).keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield parameter, "parameter", _plain(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            yield buffer, "buffer" if buffer.dtype in FLOATS else "local", _plain(name)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _tensor(row: Any) -> Tensor:
+    name, shape, dtype, kind, aliases = row
+    plain = [name, dtype, kind, *aliases]
+    if not all(type(text) is str and len(text) <= 1024 for text in plain) or kind not in ("parameter", "buffer", "local"):
+        raise ValueError("names")
+    if kind != "local" and dtype not in DTYPES:
+        raise ValueError("dtype")
+    if len(shape) > DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+        raise ValueError("shape")
+    return Tensor(name, tuple(shape), dtype, kind, tuple(aliases))
+
+
+class Binding:
+    """A model's own tensors, bound to the ranges of a flat vector.
+
+    Reads and writes the tensors in place, on whatever device and in whatever dtype they are.
+    """
+
+    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+        by_name = {name: tensor for tensor, _, name in _named(model)}
+        self.layout = layout
+        self.exact = all(t.dtype in ("float32", "float64") for t in layout.tensors if t.kind == "parameter")
+        """Whether the parameters hold any float32 value as it is."""
+        self._ranges: list[tuple[torch.Tensor, int, int]] = []
+        start = 0
+        for tensor in layout.tensors:
+            if tensor.kind != "local":
+                self._ranges.append((by_name[tensor.name], start, start + tensor.elements))
+                start += tensor.elements
+
+    @torch.no_grad()
+    def gather(self, flat: NDArray[np.float32]) -> None:
+        """flat: (elements,) <- the model's tensors."""
+        whole = torch.from_numpy(flat)
+        for tensor, first, last in self._ranges:
+            whole[first:last].copy_(tensor.reshape(-1))
+
+    @torch.no_grad()
+    def scatter(self, flat: NDArray[np.float32]) -> None:
+        """The model's tensors <- flat: (elements,)."""
+        whole = torch.from_numpy(flat)
+        for tensor, first, last in self._ranges:
+            tensor.copy_(whole[first:last].view(tensor.shape))

@@ -1,0 +1,201 @@
+"""tcp:// and ipc:// by ZeroMQ: a ROUTER listens, a DEALER dials.
+
+Laws
+* Routing ids are made by the ROUTER, so no peer can take another's place.
+* High-water marks are no flow control (a low RCVHWM with heartbeats disconnects healthy peers); the protocol's
+  windows are, and the marks lie above them.
+* LINGER 0: what was queued for a connection dies with it. A DEALER that survived would hand the tail of an old
+  transfer to a new server, so a worker that has doubts closes it and dials again.
+* ZeroMQ's heartbeats only reap dead TCP connections; leases are the cores' business.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from common.errors import NetworkError
+from common.messages import Buffer
+from common.wire import HEADER_BYTES, PAYLOAD_BYTES
+
+COPY_BYTES = 128 * 1024
+"""Payloads up to this size are copied into the message: cheaper than tracking when they have been read."""
+WINDOW_CHUNKS = 64
+"""Messages queued for one peer at most: well above what the windows of one session allow."""
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
+HANDSHAKE_MS = 2_000
+BACKLOG = 1024
+
+
+class ZeroMQEndpoint:
+    """A ROUTER or DEALER socket behind `common.transports.base.Endpoint`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
+        self._socket = socket
+        self._address = address
+        self._routes = socket.socket_type == zmq.ROUTER
+        self._trackers: dict[int, list[zmq.MessageTracker]] = {}
+        self._released: list[int] = []
+        self._monitor: zmq.Socket[bytes] | None = None
+        if not self._routes:
+            self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def fileno(self) -> int:
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
+        payload = frames[1] if len(frames) > 1 else b""
+        by_reference = len(payload) > COPY_BYTES
+        try:
+            if self._routes:
+                self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+            if not payload:
+                self._socket.send(frames[0], zmq.NOBLOCK)
+            else:
+                self._socket.send(frames[0], zmq.SNDMORE | zmq.NOBLOCK)
+                tracker = self._socket.send(payload, zmq.NOBLOCK, copy=not by_reference, track=by_reference)
+                if hold and tracker is not None:
+                    self._trackers.setdefault(hold, []).append(tracker)
+                    return ""
+        except zmq.Again:
+            return "the peer does not read"
+        except zmq.ZMQError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return "the peer is gone"
+            raise
+        if hold:
+            self._released.append(hold)
+        return ""
+
+    def receive(self) -> tuple[bytes, list[Buffer]] | None:
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        buffers: list[Buffer] = [frame.buffer for frame in frames]
+        return (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
+
+    def released(self) -> list[int]:
+        done, self._released = self._released, []
+        for hold, trackers in list(self._trackers.items()):
+            waiting = [tracker for tracker in trackers if not tracker.done]
+            done += [hold] * (len(trackers) - len(waiting))
+            if waiting:
+                self._trackers[hold] = waiting
+            else:
+                del self._trackers[hold]
+        return done
+
+    @property
+    def holding(self) -> bool:
+        """Whether any buffer is still being read."""
+        return bool(self._trackers or self._released)
+
+    def wait(self, timeout_s: float, *, also: int) -> None:
+        """Wait until a message or a loss is there, or the descriptor `also` is readable, or time is up."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(also, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
+        poller.poll(math.ceil(timeout_s * 1000))
+
+    def lost(self) -> bool:
+        """Whether a dialler's connection broke since the last call."""
+        broke = False
+        while self._monitor is not None:
+            try:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            broke = True
+        return broke
+
+    def close(self) -> None:
+        if self._monitor is not None and not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        self._socket.close(linger=0)
+
+
+def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:
+    """A ROUTER bound to every address; raises NetworkError where one is taken or cannot be."""
+    socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
+    _limit(socket)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
+    bound = []
+    for address in addresses:
+        try:
+            _refuse_live_ipc(address)
+            socket.setsockopt(zmq.IPV6, int("[" in address))
+            socket.bind(address.replace(":0", ":*") if address.startswith("tcp://") and address.endswith(":0") else address)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
+            raise _cannot_bind(address, error) from None
+        bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    return ZeroMQEndpoint(socket, bound[0])
+
+
+def dial(address: str, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:
+    """A DEALER connected to `address`. Connecting never fails; silence is what tells that nobody is there."""
+    socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
+    _limit(socket)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+    socket.setsockopt(zmq.IPV6, int("[" in address))
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise NetworkError(
+            f"'{address}' is no address to dial ({error.strerror}).", fix="Write it as tcp://HOST:PORT or ipc://PATH."
+        ) from None
+    return ZeroMQEndpoint(socket, address)
+
+
+def _limit(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, max(PAYLOAD_BYTES, HEADER_BYTES))
+    socket.setsockopt(zmq.SNDHWM, WINDOW_CHUNKS)
+    socket.setsockopt(zmq.RCVHWM, 2 * WINDOW_CHUNKS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+
+
+def _refuse_live_ipc(address: str) -> None:
+    """ZeroMQ takes over the file of an ipc address, also from a server that lives; an old file of a dead one is fine."""
+    if not address.startswith("ipc://") or not Path(address.removeprefix("ipc://")).is_socket():
+        return
+    import socket as sockets
+
+    probe = sockets.socket(sockets.AF_UNIX)
+    try:
+        probe.connect(address.removeprefix("ipc://"))
+    except OSError:
+        return
+    finally:
+        probe.close()
+    raise zmq.ZMQError(errno.EADDRINUSE)
+
+
+def _cannot_bind(address: str, error: zmq.ZMQError) -> NetworkError:
+    if error.errno == errno.EADDRINUSE:
+        return NetworkError(
+            f"Cannot listen on {address}: something else already does.",
+            fix="Stop it, choose another port, or use port 0 for any free one.",
+        )
+    return NetworkError(f"Cannot listen on {address}: {os.strerror(error.errno or 0)}.", fix="Check host and port.")

@@ -1,0 +1,212 @@
+"""Messages to frames and back; nothing else.
+
+    frame 0   header: a msgpack map {"protocol": 1, "type": "push", ...fields}, at most 64 KiB
+    frame 1   payload: raw bytes, only where there are any, at most one chunk and codec overhead
+
+Laws
+* One encoder, one decoder, both derived from the dataclasses in `common.messages`.
+* `decode` raises WireError and nothing else, whatever arrives; limits hold before anything is allocated.
+* Every field must be there, of its type, within its range; a field nobody knows is refused.
+* The payload is passed through untouched: `decode` hands on the buffer it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+
+import msgpack
+
+from common import messages
+from common.errors import Code, WireError
+from common.messages import PROTOCOL, Buffer, Message, Version
+
+HEADER_BYTES = 64 * 1024
+PAYLOAD_BYTES = (1 << 20) + (1 << 16)
+"""One chunk of 1 MiB and what a codec or padding may add to it."""
+STRING_CHARACTERS = 1024
+ARRAY_ITEMS = 4096
+MAP_ITEMS = 256
+INTEGER_LIMIT = 1 << 53
+
+Checker = Callable[[object, str], Any]
+
+
+def encode(message: Message) -> list[Buffer]:
+    """Frames of `message`: the header and, where it is not empty, the payload as it was given."""
+    header = _plain(message)
+    header["protocol"] = PROTOCOL
+    header["type"] = type(message).__name__.lower()
+    frames: list[Buffer] = [cast(bytes, msgpack.packb(header))]
+    payload: Buffer = getattr(message, "payload", b"")
+    if len(payload):
+        frames.append(payload)
+    return frames
+
+
+def decode(frames: Sequence[Buffer]) -> Message:
+    """The message in `frames`; raises WireError."""
+    if not 1 <= len(frames) <= 2:
+        raise WireError(f"A message has one or two frames, not {len(frames)}.")
+    if len(frames[0]) > HEADER_BYTES:
+        raise WireError(f"The header has {len(frames[0])} bytes, at most {HEADER_BYTES} are allowed.", code=Code.LIMIT)
+    header = _unpack(frames[0])
+    if header.pop("protocol", None) != PROTOCOL:
+        raise WireError(f"The peer does not speak protocol version {PROTOCOL}.", code=Code.PROTOCOL_VERSION)
+    kind = _KINDS.get(str(header.pop("type", "")))
+    if kind is None:
+        raise WireError("The header names no type of message that exists.")
+    values = _fields(kind, header, kind.cls.__name__)
+    if len(frames) == 2:
+        if not kind.has_payload:
+            raise WireError(f"{kind.cls.__name__} carries no payload.")
+        if len(frames[1]) > PAYLOAD_BYTES:
+            raise WireError(f"The payload has {len(frames[1])} bytes, at most {PAYLOAD_BYTES} are allowed.", code=Code.LIMIT)
+        values["payload"] = frames[1]
+    return cast(Message, kind.cls(**values))
+
+
+def _unpack(frame: Buffer) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(
+            frame,
+            strict_map_key=True,
+            raw=False,
+            max_array_len=ARRAY_ITEMS,
+            max_map_len=MAP_ITEMS,
+            max_str_len=STRING_CHARACTERS,
+            max_bin_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        # msgpack's own errors and UnicodeDecodeError are ValueErrors
+        raise WireError(f"The header is no msgpack map within limits: {type(error).__name__}.") from None
+    if not isinstance(header, dict):
+        raise WireError("The header is no map.")
+    return header
+
+
+def _plain(value: Any) -> Any:
+    """A message as msgpack's own types, without its payload."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "payload"}
+    return value
+
+
+# Checkers, built once from the type of every field
+
+
+class _Kind(NamedTuple):
+    cls: type[Any]
+    checkers: dict[str, Checker]
+    has_payload: bool
+
+
+def _fields(kind: _Kind, header: dict[str, Any], where: str) -> dict[str, Any]:
+    if header.keys() != kind.checkers.keys():
+        odd = ", ".join(sorted(str(name) for name in header.keys() ^ kind.checkers.keys()))
+        raise WireError(f"{where} lacks or does not know: {odd[:200]}.")
+    return {name: check(header[name], f"{where}.{name}") for name, check in kind.checkers.items()}
+
+
+def _integer(value: object, where: str) -> int:
+    if type(value) is not int or not 0 <= value < INTEGER_LIMIT:
+        raise WireError(f"{where} is no integer from 0 to 2^53.")
+    return value
+
+
+def _float(value: object, where: str) -> float:
+    if type(value) not in (float, int):
+        raise WireError(f"{where} is no number.")
+    return float(cast(float, value))
+
+
+def _string(value: object, where: str) -> str:
+    if type(value) is not str:
+        raise WireError(f"{where} is no string.")
+    return value
+
+
+def _boolean(value: object, where: str) -> bool:
+    if type(value) is not bool:
+        raise WireError(f"{where} is neither true nor false.")
+    return value
+
+
+def _version(value: object, where: str) -> Version:
+    if type(value) is not list or len(value) != 2:
+        raise WireError(f"{where} is no (epoch, version).")
+    return Version(_integer(value[0], where), _integer(value[1], where))
+
+
+def _scalar_map(value: object, where: str) -> dict[str, Any]:
+    if type(value) is not dict or not all(type(v) in (bool, int, float, str) for v in value.values()):
+        raise WireError(f"{where} is no map of plain values.")
+    if not all(type(key) is str for key in value):
+        raise WireError(f"{where} has a key that is no string.")
+    return value
+
+
+def _tuple_of(item: Checker) -> Checker:
+    def check(value: object, where: str) -> tuple[Any, ...]:
+        if type(value) is not list:
+            raise WireError(f"{where} is no list.")
+        return tuple(item(element, where) for element in value)
+
+    return check
+
+
+def _one_of(allowed: tuple[object, ...]) -> Checker:
+    def check(value: object, where: str) -> object:
+        if type(value) is not str or value not in allowed:
+            raise WireError(f"{where} is none of {', '.join(map(str, allowed))}.")
+        return value
+
+    return check
+
+
+def _optional(inner: Checker) -> Checker:
+    return lambda value, where: None if value is None else inner(value, where)
+
+
+def _nested(cls: type[Any]) -> Checker:
+    kind = _kind(cls)
+
+    def check(value: object, where: str) -> object:
+        if type(value) is not dict:
+            raise WireError(f"{where} is no map.")
+        return cls(**_fields(kind, value, where))
+
+    return check
+
+
+_PLAIN: dict[object, Checker] = {int: _integer, float: _float, str: _string, bool: _boolean, Version: _version}
+
+
+def _checker(hint: Any) -> Checker:
+    """The checker for a field of type `hint`; an unknown type is a mistake in `common.messages`."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return _one_of(args)
+    if origin is tuple:
+        return _tuple_of(_checker(args[0]))
+    if origin is dict:
+        return _scalar_map
+    if origin in (Union, types.UnionType) and args[1:] == (type(None),):
+        return _optional(_checker(args[0]))
+    if dataclasses.is_dataclass(hint):
+        return _nested(cast(type[Any], hint))
+    raise TypeError(f"no checker for {hint}")
+
+
+def _kind(cls: type[Any]) -> _Kind:
+    hints = get_type_hints(cls, vars(messages))
+    has_payload = hints.pop("payload", None) is not None
+    return _Kind(cls, {name: _checker(hint) for name, hint in hints.items()}, has_payload)
+
+
+_KINDS = {cls.__name__.lower(): _kind(cls) for cls in get_args(Message)}

@@ -1,0 +1,256 @@
+"""The asyncio shell around the server's core: sockets, one timer, threads, files, signals. It decides nothing.
+
+Laws
+* Events reach the core one at a time, on the loop; its actions are carried out before the next event.
+* The loop never runs a large kernel and never waits for a disk: those are actions whose outcome is an event.
+* Start: settings -> lock -> epoch durable -> kernels warm -> recovered state -> socket bound -> ready.
+* Stop (SIGTERM, Ctrl-C): what is committed is applied and saved, everybody is told, the process ends within
+  `drain_s`, or after the final write. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from common import chunks, rules, transports
+from common.codecs.base import BLOCK_ELEMENTS
+from common.config import ServerSettings
+from common.errors import KernelError, ParamserverError, StateError
+from common.layout import Layout, Tensor
+from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
+from paramserver.checkpoint import Directory
+from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
+from paramserver.kernel_pool import KernelPool
+from paramserver.shard import Shard
+from paramserver.telemetry import RunLog
+
+BATCH_MESSAGES = 64
+"""Messages taken from the socket before the loop may do something else."""
+RELEASE_POLL_S = 0.002
+"""While the transport reads our buffers, it is asked this often whether it is done."""
+CORE_THREADS_LIMIT = 8
+
+Announce = Callable[[str, str], None]
+"""announce(level, sentence): how the daemon speaks to the person who watches."""
+
+
+class Daemon:
+    """One server process. `run` returns when it has stopped; an error ends it with the owner's exit code."""
+
+    def __init__(self, settings: ServerSettings, announce: Announce, ready: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._announce = announce
+        self._ready = ready
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        settings = self._settings
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        self._signalled = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._signal, number)
+        directory = Directory.open(settings.directory) if settings.directory else None
+        endpoint = None
+        threads = settings.kernel_threads or min(os.cpu_count() or 1, CORE_THREADS_LIMIT)
+        self._pool = KernelPool(threads, self._job_done, self._job_failed)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        try:
+            epoch, recovered = self._recover(directory)
+            self._log = RunLog(directory.path if directory else None, settings.max_log_mib << 20)
+            self._directory = directory
+            warm(settings)
+            self._core = ServerCore(settings, epoch=epoch, token=lambda: secrets.token_hex(12), recovered=recovered)
+            self._endpoint = endpoint = transports.listen(settings.bind)
+            self._do(self._core.start(time.monotonic()))
+            self._timer: asyncio.TimerHandle | None = None
+            self._release_timer: asyncio.TimerHandle | None = None
+            self._loop.add_reader(endpoint.fileno(), self._readable)
+            self._ready(endpoint.address)
+            self._handle(Tick())
+            self._readable()
+            await self._stopped.wait()
+            self._loop.remove_reader(endpoint.fileno())
+        finally:
+            self._pool.close()
+            self._writer.shutdown(wait=True)
+            if endpoint is not None:
+                await asyncio.sleep(0.05)  # let the last goodbyes leave
+                endpoint.close()
+            if hasattr(self, "_log"):
+                self._log.close()
+            if directory is not None:
+                directory.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _recover(self, directory: Directory | None) -> tuple[int, Recovered | None]:
+        if directory is None:
+            return 1, None
+        loaded = directory.load(allow_fresh=self._settings.allow_fresh)
+        for sentence in directory.warnings:
+            self._announce("warning", sentence)
+        epoch = directory.next_epoch()
+        return epoch, Recovered(dict(loaded.arrays), dict(loaded.record)) if loaded else None
+
+    # Events in
+
+    def _handle(self, event: Any) -> None:
+        """One event through the core, its actions carried out, the timer set."""
+        if self._stopped.is_set():
+            return
+        try:
+            self._do(self._core.handle(event, time.monotonic()))
+        except Exception as error:
+            self._fail(error)
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        if (deadline := self._core.deadline()) is not None:
+            self._timer = self._loop.call_at(self._loop.time() + max(deadline - time.monotonic(), 0.0), self._tick)
+
+    def _tick(self) -> None:
+        self._log.flush()
+        self._handle(Tick())
+
+    def _readable(self) -> None:
+        """Take a batch of messages; the descriptor is edge-triggered, so come back until nothing is left."""
+        for _ in range(BATCH_MESSAGES):
+            if self._stopped.is_set():
+                return
+            message = self._endpoint.receive()
+            if message is None:
+                self._release()
+                return
+            self._handle(Received(*message))
+        self._release()
+        self._loop.call_soon(self._readable)
+
+    def _release(self) -> None:
+        """Tell the core which buffers are free again; ask again soon while some are not."""
+        for hold in self._endpoint.released():
+            self._handle(Released(hold))
+        if self._endpoint.holding and self._release_timer is None and not self._stopped.is_set():
+            self._release_timer = self._loop.call_later(RELEASE_POLL_S, self._release_again)
+
+    def _release_again(self) -> None:
+        self._release_timer = None
+        if not self._stopped.is_set():
+            self._readable()
+
+    def _job_done(self, event: JobDone) -> None:
+        self._loop.call_soon_threadsafe(self._handle_and_receive, event)
+
+    def _handle_and_receive(self, event: Any) -> None:
+        self._handle(event)
+        if not self._stopped.is_set():
+            self._readable()  # sending may have used up the descriptor's edge
+
+    def _job_failed(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _signal(self, number: int) -> None:
+        self._signalled += 1
+        if self._signalled > 1:
+            os._exit(130)
+        self._handle_and_receive(Stop(signal.Signals(number).name))
+        self._loop.call_later(self._settings.drain_s, self._drained_too_long)
+
+    def _drained_too_long(self) -> None:
+        if not self._stopped.is_set():
+            self._announce("warning", f"Still not drained after {self._settings.drain_s:g} s; only saving goes on.")
+
+    # Actions out
+
+    def _do(self, actions: list[Any]) -> None:
+        for action in actions:
+            match action:
+                case Send(peer, frames, hold):
+                    if refusal := self._endpoint.send(peer, frames, hold):
+                        if hold:
+                            self._loop.call_soon(self._handle, Released(hold))
+                        self._loop.call_soon(self._handle, Unsendable(peer, refusal))
+                case Run():
+                    if done := self._run(action):
+                        self._do(self._core.handle(done, time.monotonic()))
+                case Record(kind, values):
+                    self._log.write(kind, values)
+                case Say(level, sentence):
+                    self._announce(level, sentence)
+                case Save():
+                    self._writer.submit(self._save, action)
+                case Exit():
+                    self._stopped.set()
+
+    def _run(self, job: Run) -> JobDone | None:
+        try:
+            return self._pool.run(job)
+        except Exception as error:
+            raise KernelError(
+                f"A kernel failed after validation ({type(error).__name__}: {error}); the state may be half changed.",
+                fix="Restart the server: it goes on from its last checkpoint.",
+            ) from error
+
+    def _save(self, save: Save) -> None:
+        """On the writer's thread."""
+        assert self._directory is not None
+        event: Saved | SaveFailed
+        try:
+            seconds = self._directory.save(save.version, save.arrays, save.record, keep=self._settings.keep_checkpoints)
+            event = Saved(save.version, seconds)
+        except StateError as error:
+            event = SaveFailed(str(error))
+        except Exception as error:  # a checkpoint that fails, for whatever reason, never stops training
+            event = SaveFailed(f"{type(error).__name__}: {error}.")
+        self._loop.call_soon_threadsafe(self._handle_and_receive, event)
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing sensible can go on: end without saving what may be half changed."""
+        if self._failure is None:
+            self._failure = error if isinstance(error, ParamserverError) else KernelError(
+                f"The server failed: {type(error).__name__}: {error}.",
+                fix="Restart it: it goes on from its last checkpoint. Please report this.",
+            )
+            self._failure.__cause__ = error if error is not self._failure else None
+        self._stopped.set()
+
+
+def warm(settings: ServerSettings) -> None:
+    """Compile or load every kernel these settings use, before anybody waits for one."""
+    layout = Layout(
+        (Tensor("body", (64, 64), "float32", "parameter"), Tensor("dense", (7,), "float32", "parameter"))
+        + (Tensor("buffer", (3,), "float32", "buffer"),)
+    )
+    rule = rules.load(settings.rule)
+    shard = Shard(
+        layout,
+        rule,
+        settings.rule_config(),
+        overlap=settings.overlap,
+        codec=settings.codec,
+        reply_codec=settings.reply_codec,
+        epoch=0,
+    )
+    update, reply = np.zeros(shard.up.bytes, np.uint8), np.zeros(shard.down.bytes, np.uint8)
+    shard.up.encode(shard.center, update)
+    for plan, data in ((shard.up, update), (chunks.plan(layout, "fp32"), np.zeros(shard.exact.bytes, np.uint8))):
+        for chunk in plan.chunks:
+            plan.check(data, chunk)
+    session, scratch, blocks = shard.session_arrays(), np.zeros(BLOCK_ELEMENTS, np.float32), len(shard.up.blocks)
+    shard.anchor_work(session, reply)(0, blocks, scratch)
+    shard.apply_work(update, session, 1.0, reply, "after", [np.zeros(3, np.float32)])(0, blocks, scratch)

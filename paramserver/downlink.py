@@ -1,0 +1,108 @@
+"""What is on its way down: replies and snapshots, handed to the transport as far as the receiver allows.
+
+Laws
+* A reply of one chunk rides in the message that announces it; a longer one waits for More, and at most the window the
+  receiver granted is ever with the transport.
+* The bytes do not change, and their buffer is not given back, until the transport has read them (`Released`), even
+  where the receiver is gone meanwhile.
+* Ids of replies are never used twice within a life of the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import wire
+from common.chunks import Plan
+from common.codecs.base import U8
+from common.messages import Chunk, Message, Reply, Version
+from common.node import Send
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One reply on its way to one connection."""
+
+    reply: Reply
+    data: U8
+    plan: Plan
+    session: str
+    connection: int
+    peer: bytes
+    done: Callable[[], None]
+    sent: int = 0
+    reading: int = 0
+    """Messages that the transport still reads from."""
+    cancelled: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return (self.cancelled or self.sent == len(self.plan.chunks)) and self.reading == 0
+
+
+class Downlink:
+    """All replies under way, by id."""
+
+    def __init__(self) -> None:
+        self._outgoing: dict[int, Outgoing] = {}
+        self._last_id = 0
+
+    def __len__(self) -> int:
+        return len(self._outgoing)
+
+    def offer(
+        self,
+        announce: Callable[[Reply, memoryview | bytes], Message],
+        data: U8,
+        plan: Plan,
+        version: Version,
+        to: tuple[str, int, bytes],
+        done: Callable[[], None],
+    ) -> Send:
+        """Announce `data` to (session, connection, peer); `done` runs once nobody reads it any more."""
+        self._last_id += 1
+        reply = Reply(self._last_id, plan.bytes, plan.codec, version)
+        session, connection, peer = to
+        out = Outgoing(reply, data, plan, session, connection, peer, done)
+        self._outgoing[reply.id] = out
+        if len(plan.chunks) > 1:
+            return Send(peer, wire.encode(announce(reply, b"")))
+        out.sent = out.reading = 1
+        return Send(peer, wire.encode(announce(reply, memoryview(data[: plan.bytes]))), hold=reply.id)
+
+    def more(self, reply_id: int, session: str, connection: int, until: int) -> list[Send]:
+        """The chunks below `until` that were not sent yet."""
+        out = self._outgoing.get(reply_id)
+        if out is None or out.cancelled or (out.session, out.connection) != (session, connection):
+            return []
+        sends = []
+        while out.sent < min(until, len(out.plan.chunks)):
+            piece = out.plan.chunks[out.sent]
+            payload = memoryview(out.data[piece.offset : piece.offset + piece.size])
+            message = Chunk(session, connection, reply_id, out.sent, payload)
+            sends.append(Send(out.peer, wire.encode(message), hold=reply_id))
+            out.sent += 1
+            out.reading += 1
+        return sends
+
+    def released(self, reply_id: int) -> None:
+        """The transport has read one message of this reply."""
+        if out := self._outgoing.get(reply_id):
+            out.reading -= 1
+            self._settle(out)
+
+    def cancel(self, session: str) -> None:
+        """The session's connection is gone: send no more to it."""
+        for out in [out for out in self._outgoing.values() if out.session == session]:
+            out.cancelled = True
+            self._settle(out)
+
+    def _settle(self, out: Outgoing) -> None:
+        if out.finished and self._outgoing.pop(out.reply.id, None):
+            out.done()
+
+    def validate(self) -> None:
+        """Nothing that is finished is still kept."""
+        for out in self._outgoing.values():
+            assert out.reading >= 0 and not out.finished, out

@@ -1,0 +1,48 @@
+"""What must hold of a push before the center is touched. Each function raises PeerError with a code and a sentence.
+
+The order: frames and types (`common.wire`) -> session and connection (`paramserver.core`) -> `check_begin` -> chunks
+one by one, each checked as it lands (`take_chunk`) -> `check_complete` -> apply. A refusal changes no state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.chunks import Plan
+from common.codecs.base import U8
+from common.errors import Code, PeerError
+from common.messages import Begin, Buffer, Version
+from paramserver.session import Transfer
+
+
+def check_begin(begin: Begin, plan: Plan, version: Version) -> None:
+    """The codec is the agreed one, the length is the codec's formula, the base is a version there was."""
+    if begin.codec != plan.codec:
+        raise PeerError(Code.UNKNOWN_CODEC, f"The transfer is in codec '{begin.codec}', agreed is '{plan.codec}'.")
+    if begin.bytes != plan.bytes:
+        raise PeerError(Code.BAD_LENGTH, f"The transfer has {begin.bytes:,} bytes; in '{plan.codec}' it has {plan.bytes:,}.")
+    if begin.base > version:
+        raise PeerError(Code.BASE_VERSION, f"The update is based on version {begin.base}; the center is at {version}.")
+
+
+def take_chunk(transfer: Transfer, target: U8, plan: Plan, index: int, payload: Buffer) -> None:
+    """Check chunk `index` and put it in its place in `target`: (plan.bytes,)."""
+    if index >= len(plan.chunks):
+        raise PeerError(Code.BAD_CHUNK, f"Chunk {index} of {len(plan.chunks)} does not exist.")
+    if transfer.received[index]:
+        raise PeerError(Code.BAD_CHUNK, f"Chunk {index} arrived twice.")
+    chunk = plan.chunks[index]
+    if len(payload) != chunk.size:
+        raise PeerError(Code.BAD_LENGTH, f"Chunk {index} has {len(payload):,} bytes, {chunk.size:,} expected.")
+    target[chunk.offset : chunk.offset + chunk.size] = np.frombuffer(payload, np.uint8)
+    # checked where it now lies, so that nobody can change it between the check and the use
+    plan.check(target, chunk)
+    transfer.received[index] = 1
+
+
+def check_complete(transfer: Transfer) -> None:
+    """No chunk is missing."""
+    if missing := transfer.received.count(0):
+        raise PeerError(
+            Code.TRUNCATED, f"Committed with {missing} of {len(transfer.received)} chunks missing; nothing was applied."
+        )

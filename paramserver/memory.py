@@ -1,0 +1,80 @@
+"""What the server needs, in bytes: a sum that is stated before it is used, and kept to.
+
+    center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common import chunks, rules
+from common.config import ServerSettings
+from common.layout import Layout
+from paramserver.slots import slot_count
+from paramserver.snapshots import BUFFERS
+
+FLOAT_BYTES = 4
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes of each part."""
+
+    center: int
+    rule_state: int
+    per_session: int
+    slots: int
+    pool: int
+    saved: bool
+    """Whether there is a checkpoint shadow: a second copy of center, rule state and sessions."""
+
+    def total(self, sessions: int) -> int:
+        """Bytes with that many workers."""
+        state = self.center + self.rule_state + sessions * self.per_session
+        return state * (2 if self.saved else 1) + self.pool
+
+    def sentence(self, sessions: int) -> str:
+        """The sum in words, for `serve`."""
+        shadow = " twice, for checkpoints," if self.saved else ""
+        return (
+            f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
+            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
+            f"{_mib(self.total(sessions))}."
+        )
+
+
+def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
+    """The memory a model needs under these settings; raises ConfigError where the pool holds not one exchange."""
+    rule = rules.load(settings.rule)
+    config = settings.rule_config()
+    up, down = chunks.plan(layout, settings.codec), chunks.plan(layout, settings.reply_codec)
+    vector = FLOAT_BYTES * layout.parameters
+    session_arrays = len(rule.session(config, settings.overlap, 0, "float32"))
+    snapshots = BUFFERS * down.bytes
+    count = slot_count((settings.pool_mib << 20) - snapshots, up.bytes + down.bytes, settings.max_sessions)
+    return MemoryPlan(
+        center=FLOAT_BYTES * layout.elements,
+        rule_state=len(rule.state(config, settings.overlap, 0, "float32")) * vector,
+        per_session=session_arrays * vector + FLOAT_BYTES * layout.buffers,
+        slots=count,
+        pool=count * (up.bytes + down.bytes) + snapshots,
+        saved=settings.directory is not None,
+    )
+
+
+def before_the_model(settings: ServerSettings) -> str:
+    """The sum as far as it is known before the first worker brings a model of N parameters."""
+    rule = rules.load(settings.rule)
+    config = settings.rule_config()
+    vectors = 1 + len(rule.state(config, settings.overlap, 0, "float32"))
+    arrays = len(rule.session(config, settings.overlap, 0, "float32"))
+    shadow = "2 x " if settings.directory else ""
+    return (
+        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes"
+        f" + a pool of at most {settings.pool_mib} MiB for transfers."
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+

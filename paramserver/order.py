@@ -1,0 +1,65 @@
+"""The order in which the center is changed and read: one job at a time, first come, first served.
+
+Laws
+* A push enters when it is committed; pushes leave in the order they entered.
+* A pull may go before waiting pushes, never into one that runs: it waits for one job at most.
+* A job that started is finished: `current` is None again only through `finish`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.node import Run
+from paramserver.shard import Work
+
+
+@dataclass(slots=True)
+class Job:
+    """Work over blocks, made when its turn comes (`start`), and what to do when it is done (`finish(results)`)."""
+
+    name: str
+    start: Callable[[], Work | None]
+    """None: there is nothing to do any more; the job is skipped."""
+    finish: Callable[[Sequence[bool]], None]
+
+
+class WorkOrder:
+    """Jobs waiting for the shard, and the one that runs."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Job] = deque()
+        self._last_id = 0
+        self.current: Job | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting) + (self.current is not None)
+
+    def __repr__(self) -> str:
+        running = self.current.name if self.current else "nothing"
+        return f"<WorkOrder running {running}, {len(self._waiting)} waiting>"
+
+    def add(self, job: Job, *, first: bool = False) -> None:
+        """Put `job` at the end, or before all that wait."""
+        if first:
+            self._waiting.appendleft(job)
+        else:
+            self._waiting.append(job)
+
+    def next(self, parts: int, elements: int) -> Run | None:
+        """Start the next job, if none runs."""
+        while self.current is None and self._waiting:
+            job = self._waiting.popleft()
+            if (work := job.start()) is not None:
+                self.current = job
+                self._last_id += 1
+                return Run(self._last_id, parts, elements, work)
+        return None
+
+    def finish(self, job_id: int, results: Sequence[bool]) -> None:
+        """The running job is done."""
+        assert self.current is not None and job_id == self._last_id, f"job {job_id} is not the one that runs: {self!r}"
+        job, self.current = self.current, None
+        job.finish(results)

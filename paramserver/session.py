@@ -1,0 +1,192 @@
+"""One worker's session: who it is, what was decided of its pushes, what is under way. Pure.
+
+    live      the lease runs; pushes are taken
+    record    the lease ended: only numbers and outcome are kept (under 1 KB), for a day, so that a worker that comes
+              back learns what became of its last push
+
+Laws
+* A number is decided once. What was decided, and of which number, is in the same checkpoint as the weights.
+* One transfer at a time. It belongs to a connection and dies with it, unless it was committed: then it is decided.
+* A session with a committed transfer does not end before that is decided.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.codecs.base import F32
+from common.messages import NOWHERE, Begin, Outcome, Scalars, Version
+from common.rules.base import Arrays
+from paramserver.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What became of a push. `number` 0: nothing was decided yet."""
+
+    number: int = 0
+    outcome: Outcome = "none"
+    code: str = ""
+    sentence: str = ""
+    version: Version = NOWHERE
+    weight: float = 0.0
+
+
+@dataclass(slots=True)
+class Transfer:
+    """An update (or the initial weights) on its way up."""
+
+    begin: Begin
+    connection: int
+    since: float
+    slot: Slot | None = None
+    """None while it waits for one."""
+    received: bytearray = field(default_factory=bytearray)
+    """One flag per chunk."""
+    until: int = 0
+    """Chunks below this index may be sent."""
+    scalars: Scalars | None = None
+    """Set by Commit."""
+
+    @property
+    def committed(self) -> bool:
+        return self.scalars is not None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a worker has done so far, for `status` and the report."""
+
+    updates: int = 0
+    rejected: int = 0
+    samples: int = 0
+    steps: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    loss: float = float("nan")
+    lag_versions: int = 0
+
+
+@dataclass(slots=True)
+class Session:
+    """One worker (or observer) as the server knows it."""
+
+    token: str
+    worker: str
+    role: Literal["worker", "observer"]
+    peer: bytes
+    connection: int
+    lease_end: float
+    """Monotonic seconds."""
+    joined: float
+    arrays: Arrays | None = None
+    """What the rule keeps: a named tuple of (parameters,) float32; None for observers and records."""
+    buffers: F32 | None = None
+    """(buffers,) float32: last float buffers pushed, where they are averaged."""
+    anchored: bool = False
+    """Whether it was given a center to go on from; before that it has nothing to push."""
+    decision: Decision = field(default_factory=Decision)
+    answered_connection: int = 0
+    """The connection on which the last decision was told."""
+    transfer: Transfer | None = None
+    waits_for_init: bool = False
+    ended: float | None = None
+    """When the lease ended (monotonic seconds); None while live."""
+    merged: int = 0
+    last_seen: float = 0.0
+    progress_steps: int = 0
+    last_progress: float = 0.0
+    counters: Counters = field(default_factory=Counters)
+    malformed: int = 0
+    rejections: deque[float] = field(default_factory=lambda: deque(maxlen=16))
+    quarantines: int = 0
+    quarantined_until: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Session {self.worker} {self.state}, {self.counters.updates} updates, last number {self.decision.number}>"
+
+    @property
+    def live(self) -> bool:
+        return self.ended is None
+
+    @property
+    def member(self) -> bool:
+        """A live worker; observers are none."""
+        return self.live and self.role == "worker"
+
+    @property
+    def state(self) -> str:
+        """One word for `status`."""
+        if not self.live:
+            return "gone"
+        if self.role == "observer":
+            return "observing"
+        if self.waits_for_init:
+            return "waiting for initial weights"
+        if not self.anchored:
+            return "joining"
+        if self.transfer is None:
+            return "training"
+        if self.transfer.slot is None:
+            return "waiting for a slot"
+        return "queued" if self.transfer.committed else "pushing"
+
+    def end(self, now: float) -> None:
+        """Keep only the record."""
+        self.ended = now
+        self.arrays = None
+        self.buffers = None
+        self.anchored = False
+        self.waits_for_init = False
+
+    def remember(self) -> dict[str, Any]:
+        """The part of the record that a checkpoint keeps, as plain values; `recall` is the inverse."""
+        d = self.decision
+        return {
+            "token": self.token,
+            "worker": self.worker,
+            "connection": self.connection,
+            "number": d.number,
+            "outcome": d.outcome,
+            "code": d.code,
+            "sentence": d.sentence,
+            "version": list(d.version),
+            "weight": d.weight,
+            "live": self.live,
+            "anchored": self.anchored,
+            "updates": self.counters.updates,
+            "samples": self.counters.samples,
+            "steps": self.counters.steps,
+        }
+
+    @classmethod
+    def recall(cls, record: dict[str, Any], now: float, lease_s: float) -> Session:
+        """The session of a checkpoint; its lease starts anew, because it was the server that was away."""
+        session = cls(
+            token=record["token"],
+            worker=record["worker"],
+            role="worker",
+            peer=b"",
+            connection=record["connection"],
+            lease_end=now + lease_s,
+            joined=now,
+            anchored=record["anchored"],
+            last_seen=now,
+            last_progress=now,
+        )
+        session.decision = Decision(
+            record["number"],
+            record["outcome"],
+            record["code"],
+            record["sentence"],
+            Version(*record["version"]),
+            record["weight"],
+        )
+        session.counters.updates = record["updates"]
+        session.counters.samples = record["samples"]
+        session.counters.steps = record["steps"]
+        if not record["live"]:
+            session.ended = now
+        return session

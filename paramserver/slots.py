@@ -1,0 +1,80 @@
+"""The bounded pool that all transfers live in.
+
+Laws
+* A slot is room for one exchange: the update going up and the reply coming down. It is taken before the first byte
+  moves and given back when the last byte of the reply has left; so a granted push never waits for a buffer.
+* All slots exist from the start and were written to once: no allocation and no page fault on the path of an exchange.
+* A slot has exactly one owner. Giving one back twice is a defect and raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.codecs.base import U8
+from common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """Room for one exchange. update, reply: uint8, as long as the encoded vector each way."""
+
+    index: int
+    update: U8
+    reply: U8
+
+
+class Slots:
+    """`count` slots of `update_bytes + reply_bytes` each."""
+
+    def __init__(self, count: int, update_bytes: int, reply_bytes: int) -> None:
+        self.count = count
+        self.slot_bytes = update_bytes + reply_bytes
+        self._free = [
+            Slot(index, np.full(update_bytes, 0, np.uint8), np.full(reply_bytes, 0, np.uint8)) for index in range(count)
+        ]
+        self._taken: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<Slots {len(self._taken)} of {self.count} taken, {self.bytes / 2**20:.0f} MiB>"
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the whole pool."""
+        return self.count * self.slot_bytes
+
+    @property
+    def taken(self) -> int:
+        """Slots in use."""
+        return len(self._taken)
+
+    def take(self) -> Slot | None:
+        """A free slot, or None where all are in use."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._taken.add(slot.index)
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """Give `slot` back."""
+        self._taken.remove(slot.index)
+        self._free.append(slot)
+
+    def validate(self) -> None:
+        """Every slot is either free or taken."""
+        assert len(self._free) + len(self._taken) == self.count, repr(self)
+        assert not self._taken & {slot.index for slot in self._free}, repr(self)
+
+
+def slot_count(pool_bytes: int, slot_bytes: int, sessions: int) -> int:
+    """How many slots a pool holds: no more than sessions can use at once; raises ConfigError where not one fits."""
+    count = min(pool_bytes // slot_bytes, sessions)
+    if count < 1:
+        raise ConfigError(
+            f"The pool of {pool_bytes / 2**20:.0f} MiB holds no exchange of this model ({slot_bytes / 2**20:.0f} MiB).",
+            fix="Raise `pool_mib`.",
+        )
+    return int(count)

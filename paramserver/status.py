@@ -1,0 +1,129 @@
+"""What is going on, as plain values: who is here, versions, lag, rates, and what is waited for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from paramserver import memory
+
+if TYPE_CHECKING:
+    from paramserver.core import ServerCore
+    from paramserver.session import Session
+
+WINDOW_S = 10.0
+"""Rates are taken over this long."""
+LIMIT_BYTES = 1 << 20
+"""An answer fits one payload; with very many workers the quietest are left out."""
+
+
+class Throughput:
+    """Samples and updates of the last seconds; bounded."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=100_000)
+
+    def add(self, now: float, samples: int) -> None:
+        """One update of so many samples was applied."""
+        self._seen.append((now, samples))
+
+    def rates(self, now: float) -> tuple[float, float]:
+        """(updates, samples) per second."""
+        while self._seen and now - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+        if not self._seen:
+            return 0.0, 0.0
+        span = max(now - self._seen[0][0], 0.1)
+        return len(self._seen) / span, sum(samples for _, samples in self._seen) / span
+
+
+def describe(core: ServerCore, now: float) -> dict[str, Any]:
+    """The whole state as plain values (finite numbers, strings, lists), ready for JSON."""
+    updates_per_s, samples_per_s = core.throughput.rates(now)
+    shard = core.shard
+    known = sorted(core.sessions.values(), key=lambda session: (not session.live, session.worker))
+    return {
+        "rule": core.settings.rule,
+        "rule_settings": dict(core.settings.rule_settings),
+        "codec": core.settings.codec,
+        "reply_codec": core.settings.reply_codec,
+        "local_steps": core.settings.local_steps,
+        "overlap": core.settings.overlap,
+        "epoch": core.version.epoch,
+        "version": core.version.version,
+        "durable": str(core.durable),
+        "parameters": shard.layout.parameters if shard else 0,
+        "phase": _phase(core),
+        "waiting_for": _waiting_for(core, now),
+        "updates": core.budget.updates,
+        "samples": core.budget.samples,
+        "elapsed_s": round(core.budget.elapsed_s(now), 3),
+        "budget_used": round(core.budget.share(now), 4),
+        "updates_per_s": round(updates_per_s, 2),
+        "samples_per_s": round(samples_per_s, 1),
+        "finished": core.finished,
+        "workers": [_worker(session, now) for session in known if session.role == "worker"],
+        "observers": sum(session.live and session.role == "observer" for session in known),
+        "refusals": dict(core.refusals),
+        "drained_messages": core.drained,
+        "memory_bytes": memory.plan(core.settings, shard.layout).total(len(core.members)) if shard else 0,
+        "slots": {"count": core.slots.count, "taken": core.slots.taken} if core.slots else {"count": 0, "taken": 0},
+    }
+
+
+def encode(values: dict[str, Any]) -> bytes:
+    """As JSON within one payload."""
+    data = json.dumps(values, allow_nan=False).encode()
+    while len(data) > LIMIT_BYTES:
+        values["workers"] = values["workers"][: len(values["workers"]) // 2]
+        data = json.dumps(values, allow_nan=False).encode()
+    return data
+
+
+def _phase(core: ServerCore) -> str:
+    if core.diverged:
+        return "diverged"
+    if core.stopping:
+        return "stopping"
+    if core.finished:
+        return "finished"
+    if not core.initialised:
+        return "waiting for initial weights" if core.shard else "waiting for the first worker"
+    return "training" if core.members else "waiting for workers"
+
+
+def _waiting_for(core: ServerCore, now: float) -> list[str]:
+    """One sentence for each thing that is waited for."""
+    sentences = []
+    initialiser = core.initialiser
+    if initialiser is not None:
+        sentences.append(f"{initialiser.worker} to send the initial weights")
+    for session in core.members:
+        transfer = session.transfer
+        if transfer is not None and transfer.slot is None and transfer.begin.kind == "push":
+            sentences.append(f"a free slot for {session.worker}, since {now - transfer.since:.1f} s")
+        elif now - session.last_seen > core.settings.lease_s / 3:
+            left = session.lease_end - now
+            sentences.append(f"a sign of {session.worker}, silent; given up in {max(left, 0.0):.0f} s")
+    return sentences
+
+
+def _worker(session: Session, now: float) -> dict[str, Any]:
+    counters = session.counters
+    return {
+        "name": session.worker,
+        "state": session.state,
+        "updates": counters.updates,
+        "rejected": counters.rejected,
+        "steps": counters.steps,
+        "samples": counters.samples,
+        "loss": round(counters.loss, 6) if math.isfinite(counters.loss) else None,
+        "lag": counters.lag_versions,
+        "bytes_up": counters.bytes_up,
+        "bytes_down": counters.bytes_down,
+        "last_seen_s": round(now - session.last_seen, 2),
+        "last_progress_s": round(now - session.last_progress, 2),
+        "joined_s": round(now - session.joined, 2),
+    }

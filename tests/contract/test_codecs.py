@@ -1,0 +1,320 @@
+"""What every codec keeps, whatever it does to a vector: run over every codec that is found.
+
+Laws
+* Decoded values lie within the codec's own bound, on ordinary inputs and on the worst ones; a lossless codec returns
+  the bits; an unbiased one errs to both sides alike; decoded values encode to themselves.
+* Encoding and decoding write their output whole, write nothing else, remember nothing, and allocate nothing that grows.
+* Same bytes, same bits, also on a thread that flushes subnormal numbers to zero.
+* NaN and infinity are refused, never quantised. Whatever bytes arrive, `check` passes them or raises CodecError, and
+  what it passes decodes to finite values.
+
+No test knows a codec by name: a new file in `common/codecs` is held to all of this as it is.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import codecs
+from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
+from common.errors import Code, CodecError, ConfigError
+
+FLT_MAX = np.finfo(np.float32).max
+SMALLEST = np.finfo(np.float32).smallest_subnormal
+LENGTHS = (1, 2, 3, 7, 127, 128, 129, 1023, 1024, 1025, 4096, 5001, BLOCK_ELEMENTS)
+ALIGNMENT_BYTES = 8
+"""Encoded blocks start at multiples of this."""
+ALLOCATION_BYTES = 16_384
+"""Room for views and scalars; a block is 16 times as long."""
+REFUSALS = {Code.BAD_LENGTH, Code.ENCODING, Code.NON_FINITE}
+
+pytestmark = pytest.mark.parametrize("codec", [pytest.param(codecs.load(name), id=name) for name in codecs.names()])
+
+
+# Inputs: n -> (n,) float32.
+
+
+def noise(n: int) -> F32:
+    return np.random.default_rng(n).standard_normal(n, dtype=np.float32)
+
+
+def one_hot(n: int) -> F32:
+    x = np.zeros(n, np.float32)
+    x[n // 2] = -3.7
+    return x
+
+
+def alternating(n: int) -> F32:
+    return np.where(np.arange(n) % 2, np.float32(-0.3), np.float32(0.3))
+
+
+def huge(n: int) -> F32:
+    x = np.random.default_rng(n).uniform(-1.0, 1.0, n).astype(np.float32) * FLT_MAX
+    x[0], x[-1] = FLT_MAX, -FLT_MAX
+    return x
+
+
+def denormal(n: int) -> F32:
+    return np.random.default_rng(n).integers(-(1 << 22), 1 << 22, n).astype(np.float32) * SMALLEST
+
+
+def any_bits(n: int) -> F32:
+    x = np.random.default_rng(n).integers(0, 1 << 32, n, dtype=np.uint32).view(np.float32)
+    return np.where(np.isfinite(x), x, np.float32(0.0))
+
+
+INPUTS: dict[str, Callable[[int], F32]] = {
+    "noise": noise,
+    "zeros": lambda n: np.zeros(n, np.float32),
+    "negative zeros": lambda n: np.full(n, -0.0, np.float32),
+    "constant": lambda n: np.full(n, 0.1, np.float32),
+    "one-hot": one_hot,
+    "alternating": alternating,
+    "huge": huge,
+    "largest": lambda n: np.full(n, FLT_MAX, np.float32),
+    "denormal": denormal,
+    "smallest": lambda n: np.full(n, SMALLEST, np.float32),
+    "2^-119": lambda n: np.full(n, 2.0**-119, np.float32),
+    "under 2^-119": lambda n: np.full(n, np.nextafter(np.float32(2.0**-119), np.float32(0.0)), np.float32),
+    "any bits": any_bits,
+}
+
+every_input = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in INPUTS.items()])
+every_length = pytest.mark.parametrize("n", LENGTHS)
+
+
+def encoded(codec: Codec, x: F32, *, poison: int = 0xA5) -> U8:
+    out = np.full(codec.encoded_bytes(x.size), poison, np.uint8)
+    codec.encode(x, out)
+    return out
+
+
+def decoded(codec: Codec, data: U8, n: int, *, poison: float = np.nan) -> F32:
+    x = np.full(n, poison, np.float32)
+    codec.decode(data, x)
+    return x
+
+
+def code_of(codec: Codec, data: U8, n: int) -> Code | None:
+    """Why `check` refuses `data`, or None where it passes, and then decoding it gives finite values."""
+    try:
+        codec.check(data, n)
+    except CodecError as error:
+        return error.code
+    assert np.isfinite(decoded(codec, data, n)).all()
+    return None
+
+
+# Values.
+
+
+@every_input
+@every_length
+def test_decoded_values_lie_within_the_bound(codec: Codec, make: Callable[[int], F32], n: int) -> None:
+    x = make(n)
+    data = encoded(codec, x)
+    codec.check(data, n)
+    y = decoded(codec, data, n)
+    bound = codec.error_bound(x)
+    assert bound.dtype == np.float32
+    assert bound.shape == x.shape
+    assert np.isfinite(bound).all()
+    error = np.abs(y.astype(np.float64) - x).astype(np.float32)  # rounded once, as the bound is
+    worst = np.argmax(error - bound)
+    assert (error <= bound).all(), f"{x[worst]!r} became {y[worst]!r}, off by more than {bound[worst]!r}"
+    if codec.lossless:
+        assert y.tobytes() == x.tobytes()
+
+
+@every_input
+@every_length
+def test_decoded_values_encode_to_themselves(codec: Codec, make: Callable[[int], F32], n: int) -> None:
+    if codec.unbiased and not codec.lossless:
+        pytest.skip("rounds at random")
+    once = decoded(codec, encoded(codec, make(n)), n)
+    twice = decoded(codec, encoded(codec, once), n)
+    assert twice.tobytes() == once.tobytes()
+
+
+def test_unbiased_means_that_errors_cancel(codec: Codec) -> None:
+    if codec.unbiased:
+        x = noise(BLOCK_ELEMENTS)
+        error = decoded(codec, encoded(codec, x), x.size).astype(np.float64) - x
+        largest = codec.error_bound(x).astype(np.float64)
+        assert abs(error.sum()) <= 5.0 * np.sqrt(np.square(largest).sum()), "beyond 5 sigma"
+
+
+@pytest.mark.parametrize("bad", [0x7FC0_0000, 0xFFC0_0000, 0x7F80_0001, 0x7FFF_FFFF, 0x7F80_0000, 0xFF80_0000], ids=hex)
+@pytest.mark.parametrize("n", [1, 1025, BLOCK_ELEMENTS])
+def test_nan_and_infinity_are_refused_wherever_they_stand(codec: Codec, bad: int, n: int) -> None:
+    for place in {0, n // 2, n - 1}:
+        x = noise(n)
+        x.view(np.uint32)[place] = bad
+        with pytest.raises(CodecError) as caught:
+            encoded(codec, x)
+        assert caught.value.code is Code.NON_FINITE
+
+
+# Buffers.
+
+
+@every_length
+def test_outputs_are_written_whole_and_inputs_not_at_all(codec: Codec, n: int) -> None:
+    x = noise(n)
+    data = encoded(codec, x, poison=0x00)
+    assert x.tobytes() == noise(n).tobytes()
+    assert data.tobytes() == encoded(codec, x, poison=0xFF).tobytes()
+    before = data.tobytes()
+    codec.check(data, n)
+    y = decoded(codec, data, n, poison=np.nan)
+    assert data.tobytes() == before
+    assert y.tobytes() == decoded(codec, data, n, poison=7.0).tobytes()
+
+
+@every_length
+def test_read_only_inputs_give_the_same(codec: Codec, n: int) -> None:
+    x = np.frombuffer(noise(n).tobytes(), np.float32)
+    data = np.frombuffer(encoded(codec, x).tobytes(), np.uint8)
+    assert not x.flags.writeable
+    assert not data.flags.writeable
+    assert data.tobytes() == encoded(codec, noise(n)).tobytes()
+    codec.check(data, n)
+    assert decoded(codec, data, n).tobytes() == decoded(codec, data.copy(), n).tobytes()
+
+
+@every_length
+def test_a_block_inside_a_larger_buffer_leaves_its_neighbours(codec: Codec, n: int) -> None:
+    length = codec.encoded_bytes(n)
+    for start in (ALIGNMENT_BYTES, 5 * ALIGNMENT_BYTES):
+        buffer = np.full(start + length + 64, 0x5A, np.uint8)
+        codec.encode(noise(n), buffer[start : start + length])
+        codec.check(buffer[start : start + length], n)
+        values = np.full(n + 16, 7.0, np.float32)
+        codec.decode(buffer[start : start + length], values[8 : 8 + n])
+        assert buffer[start : start + length].tobytes() == encoded(codec, noise(n)).tobytes()
+        assert (np.delete(buffer, slice(start, start + length)) == 0x5A).all()
+        assert (np.delete(values, slice(8, 8 + n)) == 7.0).all()
+
+
+def test_a_block_leaves_no_trace_in_the_next(codec: Codec) -> None:
+    first = encoded(codec, noise(5001)).tobytes()
+    encoded(codec, huge(1025))
+    assert encoded(codec, noise(5001)).tobytes() == first
+
+
+def test_nothing_is_allocated_that_grows_with_the_block(codec: Codec) -> None:
+    x = noise(BLOCK_ELEMENTS)
+    data, y = encoded(codec, x), np.empty_like(x)
+
+    def exchange() -> None:
+        codec.encode(x, data)
+        codec.check(data, x.size)
+        codec.decode(data, y)
+
+    exchange()  # compiles
+    tracemalloc.start()
+    try:
+        exchange()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes <= ALLOCATION_BYTES
+
+
+@every_input
+def test_a_thread_that_flushes_subnormals_decodes_to_the_same_bits(codec: Codec, make: Callable[[int], F32]) -> None:
+    data = encoded(codec, make(5001))
+    expected = decoded(codec, data, 5001).tobytes()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        flushed = decoded(codec, data, 5001)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed.tobytes() == expected
+
+
+# Bytes from a stranger.
+
+
+@every_length
+def test_any_other_length_is_refused(codec: Codec, n: int) -> None:
+    data = encoded(codec, noise(n))
+    padded = np.concatenate([data, np.zeros(4096, np.uint8)])
+    shorter = {0, 1, data.size // 2, data.size - 4, data.size - 1}
+    longer = {data.size + 1, data.size + 2, data.size + 4, padded.size}
+    for length in sorted(length for length in shorter | longer if 0 <= length != data.size):
+        with pytest.raises(CodecError) as caught:
+            codec.check(padded[:length], n)
+        assert caught.value.code is Code.BAD_LENGTH
+
+
+@pytest.mark.parametrize("n", [1, 5, 24])
+def test_every_single_flipped_bit_is_refused_or_harmless(codec: Codec, n: int) -> None:
+    for make in (noise, huge, denormal):
+        data = encoded(codec, make(n))
+        for bit in range(8 * data.size):
+            flipped = data.copy()
+            flipped[bit // 8] ^= 1 << bit % 8
+            assert code_of(codec, flipped, n) in {None, *REFUSALS}
+
+
+@pytest.mark.parametrize("n", [1, 2, 1024, 1025])
+def test_every_repeated_byte_is_refused_or_harmless(codec: Codec, n: int) -> None:
+    for value in range(256):
+        assert code_of(codec, np.full(codec.encoded_bytes(n), value, np.uint8), n) in {None, *REFUSALS}
+
+
+@given(n=st.integers(1, 3000), seed=st.integers(0, 1 << 32), flips=st.lists(st.integers(0, 1 << 20), max_size=16))
+@settings(max_examples=60, deadline=None)
+def test_flipped_bits_are_refused_or_harmless(codec: Codec, n: int, seed: int, flips: list[int]) -> None:
+    data = encoded(codec, np.random.default_rng(seed).standard_normal(n, dtype=np.float32))
+    for flip in flips:
+        data[flip // 8 % data.size] ^= 1 << flip % 8
+    assert code_of(codec, data, n) in {None, *REFUSALS}
+
+
+@given(draw=st.data(), n=st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_random_bytes_are_refused_or_harmless(codec: Codec, draw: st.DataObject, n: int) -> None:
+    length = codec.encoded_bytes(n)
+    data = np.frombuffer(draw.draw(st.binary(min_size=length, max_size=length)), np.uint8)
+    assert code_of(codec, data, n) in {None, *REFUSALS}
+
+
+@given(data=st.binary(max_size=64), n=st.integers(1, BLOCK_ELEMENTS))
+@settings(max_examples=60, deadline=None)
+def test_random_lengths_are_refused_or_harmless(codec: Codec, data: bytes, n: int) -> None:
+    code = code_of(codec, np.frombuffer(data, np.uint8), n)
+    assert code is Code.BAD_LENGTH or len(data) == codec.encoded_bytes(n)
+
+
+# What a codec says of itself.
+
+
+def test_a_codec_describes_itself(codec: Codec) -> None:
+    assert codecs.load(codec.name) is codec
+    assert all((codec.summary, codec.paper, codec.bytes_per_element))
+    assert codec.unbiased or not codec.lossless
+    assert codecs.load(codec.dense).dense == codec.dense, "what is sent dense needs no other codec in turn"
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest_and_all_there_are(codec: Codec) -> None:
+    with pytest.raises(ConfigError) as caught:
+        codecs.load(f"{codec.name[:-1]}9")  # int9, for one
+    assert f"did you mean '{codec.name}'?" in caught.value.sentence
+    assert all(name in caught.value.fix for name in codecs.names())
+
+
+def test_encoded_bytes_grow_with_the_block(codec: Codec) -> None:
+    lengths: list[Any] = [codec.encoded_bytes(n) for n in LENGTHS]
+    assert all(type(length) is int and length > 0 for length in lengths)
+    assert lengths == sorted(lengths)

@@ -1,0 +1,659 @@
+"""The worker's core: what the trainer wants and what the server says, in; messages and news, out. Pure.
+
+    greeting -> (initialising | waiting) -> joined <-> away -> ended
+
+Laws
+* Every push is settled exactly once, with what became of it; until then its bytes are kept and sent again.
+* Doubt (silence, a lost link, STALE) ends the connection, never the session: dial afresh, say Hello, resume.
+* When a session is gone the worker re-anchors; whether its outstanding push counts as pushed is decided here and only
+  here: it is taken back only if the server shows that its number was never applied.
+* While the server is away, training goes on; nothing here ever stops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from common import chunks, codecs, wire
+from common.chunks import Plan
+from common.codecs.base import U8
+from common.errors import Code, CodecError, PeerError, Refused, WireError
+from common.layout import Layout
+from common.messages import (
+    Ack,
+    Beat,
+    Begin,
+    Buffer,
+    Bye,
+    Chunk,
+    Commit,
+    Fault,
+    Grant,
+    Hello,
+    Message,
+    More,
+    Offer,
+    Optimizer,
+    Pull,
+    Push,
+    Reply,
+    Scalars,
+    Version,
+    Welcome,
+)
+from common.node import Received, Say, Send, Tick
+from common.transports.base import SERVER
+from worker.session import Download, Membership, Upload
+
+HELLO_TIMEOUTS_S = (0.5, 1.0, 2.0, 4.0, 5.0)
+"""How long to wait for Welcome before dialling again; the last one repeats."""
+LEAVE_TIMEOUT_S = 1.0
+LOSSLESS = "fp32"
+NO_SCALARS = Scalars(0.0, 0, 0, 0.0)
+
+
+# Events: what the trainer and the driver say
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """A fresh connection is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The transport saw the connection break."""
+
+
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """Answer to NeedWeights. data: all of the vector in the lossless codec."""
+
+    data: U8
+
+
+@dataclass(frozen=True, slots=True)
+class PushWanted:
+    """Push this update; the bytes stay as they are until it is settled. data: (plan.bytes,)."""
+
+    data: U8
+    scalars: Scalars
+    base: Version
+
+
+@dataclass(frozen=True, slots=True)
+class PullWanted:
+    """Get the center: to look at it, or to go on from it."""
+
+    purpose: Literal["anchor", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Optimizer steps so far."""
+
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Say Bye."""
+
+    reason: str
+
+
+# Actions: what the driver shall do
+
+
+@dataclass(frozen=True, slots=True)
+class Redial:
+    """Close the connection, dropping what is queued, and open a fresh one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """News for the trainer."""
+
+    news: Any
+
+
+# News
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The server took this worker in, with these settings."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class NeedWeights:
+    """This worker's weights become the first center: answer with InitialWeights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of push `number`. data: the reply, encoded, or None. `base`: version of the reply."""
+
+    number: int
+    outcome: str
+    code: str
+    sentence: str
+    base: Version
+    data: U8 | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Orphaned:
+    """The session that push `number` belonged to is gone. `pushed`: take it as pushed (else it is taken back)."""
+
+    number: int
+    pushed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The center, encoded, at version `base`."""
+
+    purpose: str
+    base: Version
+    data: U8 = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """The server does not answer; train on."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """The server answers again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Training is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Bye was said, and heard or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The server refused this worker for good."""
+
+    error: PeerError
+
+
+class WorkerCore:
+    """One worker (or observer) of one server."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        library: str,
+        layout: Layout | None,
+        optimizer: Optimizer | None,
+        role: Literal["worker", "observer"] = "worker",
+    ) -> None:
+        self.role = role
+        self.phase = "greeting"
+        self.finished = False
+        self.membership = Membership(worker=name)
+        self._name = name
+        self._library = library
+        self._layout = layout
+        self._optimizer = optimizer
+        self._plans: dict[str, Plan] = {}
+        self._upload: Upload | None = None
+        self._downloads: dict[int, Download] = {}
+        self._wanted: list[Literal["anchor", "evaluate"]] = []
+        """Pulls not answered yet."""
+        self._steps = 0
+        self._attempts = 0
+        self._away_told = False
+        self._last_heard = 0.0
+        self._beat_due = 0.0
+        self._hello_deadline = 0.0
+        self._leave_deadline = 0.0
+        self._out: list[Any] = []
+        self._now = 0.0
+
+    def __repr__(self) -> str:
+        return f"<WorkerCore {self.phase}, {self.membership!r}>"
+
+    # The door
+
+    def handle(self, event: Any, now: float) -> list[Any]:
+        """Take in one event at `now` (monotonic seconds); return what shall be done."""
+        self._now = now
+        if self.phase != "ended":
+            match event:
+                case Received(_, frames):
+                    self._received(frames)
+                case Dialled():
+                    self._hello()
+                case LinkLost():
+                    if self.phase != "greeting":
+                        self._doubt("the link to the server broke")
+                case InitialWeights(data):
+                    self._send_initial(data)
+                case PushWanted(data, scalars, base):
+                    self._push(data, scalars, base)
+                case PullWanted(purpose):
+                    self._want(purpose)
+                case Progress(steps):
+                    self._steps = steps
+                case Leave(reason):
+                    self._leave(reason)
+                case Tick():
+                    pass
+            self._tick()
+        out, self._out = self._out, []
+        return out
+
+    def deadline(self) -> float | None:
+        """When the next Tick is wanted."""
+        match self.phase:
+            case "ended":
+                return None
+            case "greeting":
+                return self._hello_deadline
+            case "leaving":
+                return self._leave_deadline
+            case _:
+                return min(self._beat_due, self._last_heard + self._silence_s)
+
+    def validate(self) -> None:
+        """Check the invariants."""
+        assert self._upload is None or self._upload.number <= self.membership.last_number, self
+        assert all(0 in download.received for download in self._downloads.values()), self
+
+    @property
+    def _lease_s(self) -> float:
+        welcome = self.membership.welcome
+        return float(welcome.settings["lease_s"]) if welcome else 30.0
+
+    @property
+    def _silence_s(self) -> float:
+        """So much silence is doubt: half a lease, so that there is time to come back within it."""
+        return self._lease_s / 2
+
+    @property
+    def _beat_s(self) -> float:
+        return min(self._lease_s / 6, 2.0)
+
+    def plan(self, codec: str) -> Plan:
+        """The plan of this model in a codec."""
+        assert self._layout is not None
+        if codec not in self._plans:
+            self._plans[codec] = chunks.plan(self._layout, codec)
+        return self._plans[codec]
+
+    # Connecting
+
+    def _hello(self) -> None:
+        layout = self._layout
+        timeout_s = HELLO_TIMEOUTS_S[min(self._attempts, len(HELLO_TIMEOUTS_S) - 1)]
+        self._attempts += 1
+        self._hello_deadline = self._now + timeout_s
+        self._send(
+            Hello(
+                library=self._library,
+                role=self.role,
+                worker=self._name,
+                fingerprint=layout.fingerprint if layout else "",
+                elements=layout.elements if layout else 0,
+                codecs=codecs.names(),
+                optimizer=self._optimizer,
+                resume=self.membership.resume() if self.role == "worker" else None,
+                payload=layout.describe() if layout else b"",
+            )
+        )
+
+    def _doubt(self, sentence: str) -> None:
+        """Something is wrong with the connection: dial afresh, and resume."""
+        if self.phase == "leaving":
+            self._end()
+            return
+        if not self._away_told and self.membership.token:
+            self._away_told = True
+            self._deliver(Away(sentence))
+        self.phase = "greeting"
+        self._downloads.clear()
+        self._attempts = 0
+        self._hello_deadline = self._now + HELLO_TIMEOUTS_S[0]
+        self._out.append(Redial())
+
+    def _welcome(self, welcome: Welcome) -> None:
+        m = self.membership
+        first_of_connection = (welcome.session, welcome.connection) != (m.token, m.connection)
+        if not first_of_connection and m.welcome is not None and m.welcome.init == welcome.init:
+            return
+        known_before = bool(m.token)
+        m.welcome, m.worker = welcome, welcome.worker
+        m.known = max(m.known, welcome.version)
+        self._attempts = 0
+        self._beat_due = self._now + self._beat_s
+        if first_of_connection:
+            self._adopt_session(welcome, known_before)
+            if not known_before:
+                self._deliver(Joined(welcome))
+        if self._away_told:
+            self._away_told = False
+            self._deliver(Back())
+        if welcome.settings.get("finished"):
+            self._finish()
+        match welcome.init:
+            case "send":
+                self.phase = "initialising"
+                self._deliver(NeedWeights())
+            case "wait":
+                self.phase = "waiting"
+            case "have":
+                self.phase = "joined"
+                self._go_on()
+
+    def _adopt_session(self, welcome: Welcome, known_before: bool) -> None:
+        """What the answer to Hello means for what was under way."""
+        m, upload = self.membership, self._upload
+        if welcome.lost:
+            first, last = welcome.lost[0], welcome.lost[-1]
+            self._say("warning", f"A crash of the server lost updates {first} to {last} of this worker; training goes on.")
+        if welcome.resumed == "live":
+            if upload is not None:
+                upload.rewind()
+        else:
+            if upload is not None and upload.kind == "push":
+                # an unknown session may have applied it: never push it twice
+                pushed = welcome.resumed == "new" or welcome.last_decided >= upload.number
+                self._deliver(Orphaned(upload.number, pushed))
+            self._upload = None
+            m.anchored = False
+            if welcome.resumed == "new":
+                m.last_number = m.last_applied = 0
+        m.token, m.connection = welcome.session, welcome.connection
+        m.last_applied = min(m.last_applied, max(welcome.last_decided, 0))
+
+    def _go_on(self) -> None:
+        """The server has weights: get an anchor where there is none, then everything that is outstanding."""
+        if self.role == "worker" and not self.membership.anchored and "anchor" not in self._wanted:
+            self._wanted.insert(0, "anchor")
+        for purpose in self._wanted:
+            self._pull(purpose)
+        if self._upload is not None and self.membership.anchored:
+            self._start_upload(self._upload)
+
+    # Going up
+
+    def _send_initial(self, data: U8) -> None:
+        if self.phase == "initialising":
+            plan = self.plan(LOSSLESS)
+            version = cast(Welcome, self.membership.welcome).version
+            self._upload = Upload("init", 0, data, plan, NO_SCALARS, version)
+            self._start_upload(self._upload)
+
+    def _push(self, data: U8, scalars: Scalars, base: Version) -> None:
+        assert self._upload is None, "one push at a time"
+        m = self.membership
+        m.last_number += 1
+        codec = str(cast(Welcome, m.welcome).settings["codec"])
+        self._upload = Upload("push", m.last_number, data, self.plan(codec), scalars, base)
+        if self.phase == "joined" and m.anchored:
+            self._start_upload(self._upload)
+
+    def _start_upload(self, upload: Upload) -> None:
+        m = self.membership
+        begin = Begin(
+            m.token, m.connection, upload.kind, upload.number, upload.plan.codec, upload.plan.bytes, upload.base, m.merged
+        )
+        if len(upload.plan.chunks) == 1:
+            upload.sent, upload.committed = 1, True
+            self._send(Push(begin, upload.scalars, memoryview(upload.data)))
+        else:
+            self._send(begin)
+
+    def _continue_upload(self, transfer: int, until: int) -> None:
+        upload, m = self._upload, self.membership
+        if upload is None or upload.number != transfer or upload.committed:
+            return
+        upload.until = max(upload.until, until)
+        while upload.sent < min(upload.until, len(upload.plan.chunks)):
+            piece = upload.plan.chunks[upload.sent]
+            payload = memoryview(upload.data[piece.offset : piece.offset + piece.size])
+            self._send(Chunk(m.token, m.connection, upload.number, upload.sent, payload))
+            upload.sent += 1
+        if upload.sent == len(upload.plan.chunks):
+            upload.committed = True
+            self._send(Commit(m.token, m.connection, upload.number, upload.scalars))
+
+    # Coming down
+
+    def _want(self, purpose: Literal["anchor", "evaluate"]) -> None:
+        if purpose not in self._wanted:
+            self._wanted.append(purpose)
+            if self.phase == "joined":
+                self._pull(purpose)
+
+    def _pull(self, purpose: Literal["anchor", "evaluate"]) -> None:
+        m = self.membership
+        self._send(Pull(m.token, m.connection, purpose, m.known, m.merged))
+
+    def _ack(self, ack: Ack) -> None:
+        upload, m = self._upload, self.membership
+        m.known = max(m.known, ack.version)
+        if ack.finished:
+            self._finish()
+        if upload is None or ack.number != upload.number or ack.outcome in ("none", "held"):
+            return
+        if upload.kind == "init":
+            self._upload = None
+            self.phase = "joined"
+            self._go_on()
+            return
+        if ack.outcome == "applied":
+            m.last_applied = max(m.last_applied, ack.number)
+        if ack.reply is None:
+            self._upload = None
+            self._deliver(Settled(ack.number, ack.outcome, ack.code, ack.sentence, ack.version, None))
+        else:
+            self._receive(ack.reply, "push", ack.number, ack.payload)
+
+    def _receive(
+        self, reply: Reply, purpose: Literal["push", "anchor", "evaluate"], number: int, payload: Buffer
+    ) -> None:
+        plan = self.plan(reply.codec)
+        if reply.bytes != plan.bytes:
+            raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
+        download = Download(
+            reply, purpose, number, plan, np.empty(plan.bytes, np.uint8), bytearray(len(plan.chunks))
+        )
+        self._downloads[reply.id] = download
+        if len(plan.chunks) == 1:
+            self._take(download, 0, payload)
+        else:
+            self._open(download)
+
+    def _open(self, download: Download) -> None:
+        """Keep the window of a download open."""
+        window = int(cast(Welcome, self.membership.welcome).settings["window_chunks"])
+        arrived = sum(download.received)
+        if download.until < len(download.received) and download.until - arrived <= window // 2:
+            download.until = arrived + window
+            m = self.membership
+            self._send(More(m.token, m.connection, download.reply.id, download.until))
+
+    def _take(self, download: Download, index: int, payload: Buffer) -> None:
+        plan = download.plan
+        if index >= len(plan.chunks) or len(payload) != plan.chunks[index].size:
+            raise WireError(f"Chunk {index} of a reply does not fit.")
+        chunk = plan.chunks[index]
+        download.data[chunk.offset : chunk.offset + chunk.size] = np.frombuffer(payload, np.uint8)
+        plan.check(download.data, chunk)
+        download.received[index] = 1
+        if download.complete:
+            del self._downloads[download.reply.id]
+            self._complete(download)
+        else:
+            self._open(download)
+
+    def _complete(self, download: Download) -> None:
+        m, version = self.membership, download.reply.version
+        m.known = max(m.known, version)
+        if download.purpose == "push":
+            if self._upload is not None and self._upload.number == download.number:
+                self._upload = None
+                m.merged = download.reply.id
+                self._deliver(Settled(download.number, "applied", "", "", version, download.data))
+            return
+        if download.purpose not in self._wanted:
+            return
+        self._wanted.remove(download.purpose)
+        if download.purpose == "anchor":
+            m.anchored = True
+            m.merged = download.reply.id
+        self._deliver(Fetched(download.purpose, version, download.data))
+        if download.purpose == "anchor" and self._upload is not None:
+            self._start_upload(self._upload)
+
+    # Messages
+
+    def _received(self, frames: Sequence[Buffer]) -> None:
+        try:
+            message = wire.decode(frames)
+            self._last_heard = self._now
+            self._dispatch(message)
+        except (WireError, CodecError) as error:
+            if error.code == Code.PROTOCOL_VERSION:
+                self._fail(error)
+            else:
+                self._say("warning", f"The server sent something that cannot be read: {error}")
+                self._doubt("the server sent something that cannot be read")
+
+    def _dispatch(self, message: Message) -> None:
+        m = self.membership
+        if isinstance(message, Welcome):
+            self._welcome(message)
+            return
+        if isinstance(message, Fault):
+            self._fault(message)
+            return
+        if (getattr(message, "session", ""), getattr(message, "connection", 0)) != (m.token, m.connection):
+            return  # of an old connection
+        match message:
+            case Grant(decision="go"):
+                self._continue_upload(message.number, message.until)
+            case Grant(decision="refuse"):
+                self._refused(message)
+            case More():
+                self._continue_upload(message.transfer, message.until)
+            case Ack():
+                self._ack(message)
+            case Offer():
+                if message.finished:
+                    self._finish()
+                self._receive(message.reply, message.purpose, 0, message.payload)
+            case Chunk():
+                if download := self._downloads.get(message.transfer):
+                    self._take(download, message.index, message.payload)
+            case Bye(reason="finished"):
+                self._finish()
+            case Bye(reason="draining"):
+                self._say("info", "The server is stopping; training goes on until it is back.")
+                if not self._away_told:
+                    self._away_told = True
+                    self._deliver(Away("the server is stopping"))
+            case Bye():
+                self._end()
+            case _:
+                pass  # Beat, Grant(wait): hearing them is all
+
+    def _refused(self, grant: Grant) -> None:
+        """A push was refused before it began; its number was not decided."""
+        upload = self._upload
+        if upload is None or upload.number != grant.number or grant.code == Code.DRAINING:
+            return
+        self._upload = None
+        self._deliver(Settled(grant.number, "rejected", grant.code, grant.sentence, self.membership.known, None))
+
+    def _fault(self, fault: Fault) -> None:
+        error = Refused(code_of(fault.code), fault.sentence, fix=fault.fix)
+        if error.code == Code.STALE:
+            if self.phase not in ("greeting", "leaving"):
+                self._doubt("the session is no longer known to this connection")
+        elif error.code == Code.DRAINING:
+            pass  # the next Hello finds the server gone, or back
+        elif self.phase == "greeting" or self.phase == "initialising":
+            self._fail(error)
+        else:
+            self._say("warning", f"The server refused something ({error.code}): {error}")
+            self._doubt("the server refused a message")
+
+    def _fail(self, error: PeerError) -> None:
+        self.phase = "ended"
+        self._deliver(Failed(error))
+
+    # Liveness and ends
+
+    def _tick(self) -> None:
+        now = self._now
+        match self.phase:
+            case "ended":
+                return
+            case "greeting":
+                if now >= self._hello_deadline:
+                    self._hello_deadline = now + HELLO_TIMEOUTS_S[-1]
+                    self._out.append(Redial())
+            case "leaving":
+                if now >= self._leave_deadline:
+                    self._end()
+            case _:
+                if now - self._last_heard >= self._silence_s:
+                    self._doubt(f"the server was silent for {self._silence_s:g} s")
+                elif now >= self._beat_due:
+                    self._beat_due = now + self._beat_s
+                    m = self.membership
+                    self._send(Beat(m.token, m.connection, self._steps))
+
+    def _finish(self) -> None:
+        if not self.finished:
+            self.finished = True
+            self._deliver(Finished())
+
+    def _leave(self, reason: str) -> None:
+        m = self.membership
+        if self.phase == "greeting" or not m.token:
+            self._end()
+            return
+        self.phase = "leaving"
+        self._leave_deadline = self._now + LEAVE_TIMEOUT_S
+        self._send(Bye(m.token, m.connection, reason))
+
+    def _end(self) -> None:
+        self.phase = "ended"
+        self._deliver(Left())
+
+    def _send(self, message: Message) -> None:
+        self._out.append(Send(SERVER, wire.encode(message)))
+
+    def _deliver(self, news: Any) -> None:
+        self._out.append(Deliver(news))
+
+    def _say(self, level: str, sentence: str) -> None:
+        self._out.append(Say(level, sentence))
+
+
+def code_of(text: str) -> Code:
+    """The code of that name; one from a newer server counts as UNEXPECTED."""
+    return Code(text) if text in set(Code) else Code.UNEXPECTED
+

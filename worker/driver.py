@@ -1,0 +1,113 @@
+"""The background thread that owns the socket and drives the worker's core. It decides nothing.
+
+Laws
+* Only this thread touches the socket and the core. The trainer posts events and takes news, both through queues.
+* What is posted is bounded: the trainer has at most one push and two pulls under way.
+* If this thread fails, the trainer learns the error with its next call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from common import transports
+from common.errors import ParamserverError
+from common.node import Received, Say, Send, Tick
+from common.transports import ZeroMQEndpoint
+from worker.core import Deliver, Dialled, LinkLost, Redial, WorkerCore
+
+BATCH_MESSAGES = 64
+log = logging.getLogger("paramserver.worker")
+
+
+class Driver:
+    """Runs `core` on a thread of its own, on connections to `address`."""
+
+    def __init__(
+        self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial
+    ) -> None:
+        self._core = core
+        self._address = address
+        self._dial = dial
+        self._endpoint = dial(address)
+        self._posted: deque[Any] = deque()
+        self._news: deque[Any] = deque()
+        self._arrived = threading.Condition()
+        self._error: BaseException | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
+        self._thread.start()
+
+    def post(self, event: Any) -> None:
+        """Hand an event to the core, soon."""
+        self._posted.append(event)
+        os.eventfd_write(self._wake, 1)
+
+    def news(self, timeout_s: float | None = 0.0) -> Any | None:
+        """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: bool(self._news) or self._error is not None, timeout_s)
+            if self._news:
+                return self._news.popleft()
+            if self._error is not None:
+                raise ParamserverError(f"The connection's thread failed: {self._error!r}.") from self._error
+        return None
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for the thread, which ends when the core has."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._do(self._core.handle(Dialled(), time.monotonic()))
+            while self._core.phase != "ended":
+                self._turn()
+        except BaseException as error:
+            with self._arrived:
+                self._error = error
+                self._arrived.notify_all()
+        finally:
+            self._endpoint.close()
+            os.close(self._wake)
+
+    def _turn(self) -> None:
+        deadline = self._core.deadline()
+        self._endpoint.wait(max((deadline or 0.0) - time.monotonic(), 0.0), also=self._wake)
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+        while self._posted:
+            self._do(self._core.handle(self._posted.popleft(), time.monotonic()))
+        for _ in range(BATCH_MESSAGES):
+            message = self._endpoint.receive()
+            if message is None:
+                break
+            self._do(self._core.handle(Received(*message), time.monotonic()))
+        if self._endpoint.lost():
+            self._do(self._core.handle(LinkLost(), time.monotonic()))
+        self._endpoint.released()
+        self._do(self._core.handle(Tick(), time.monotonic()))
+
+    def _do(self, actions: list[Any]) -> None:
+        for action in actions:
+            match action:
+                case Send(peer, frames, hold):
+                    if refusal := self._endpoint.send(peer, frames, hold):
+                        log.debug("not sent: %s", refusal)  # silence will tell the core
+                case Redial():
+                    self._endpoint.close()
+                    self._endpoint = self._dial(self._address)
+                    self._do(self._core.handle(Dialled(), time.monotonic()))
+                case Deliver(news):
+                    with self._arrived:
+                        self._news.append(news)
+                        self._arrived.notify_all()
+                case Say(level, sentence):
+                    log.log(logging.getLevelNamesMapping()[level.upper()], sentence)

@@ -1,0 +1,82 @@
+"""What a worker knows of its own session: who it is, what goes up, what comes down. Pure; mirror of the server's.
+
+Laws
+* Numbers of pushes grow by one and are never used twice within a session; gaps are allowed.
+* The bytes of a push do not change until it is settled: a retry sends the very same.
+* At most one push is under way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.chunks import Plan
+from common.codecs.base import U8
+from common.messages import NOWHERE, Reply, Resume, Scalars, Version, Welcome
+
+
+@dataclass(slots=True)
+class Upload:
+    """A push (or the initial weights) on its way up. data: (plan.bytes,) uint8."""
+
+    kind: Literal["init", "push"]
+    number: int
+    data: U8
+    plan: Plan
+    scalars: Scalars
+    base: Version
+    sent: int = 0
+    """Chunks handed to the transport on this connection."""
+    until: int = 0
+    """Chunks below this index may be sent."""
+    committed: bool = False
+
+    def rewind(self) -> None:
+        """A new connection: everything is sent again."""
+        self.sent = self.until = 0
+        self.committed = False
+
+
+@dataclass(slots=True)
+class Download:
+    """A reply on its way down, in the order of its chunks or not. data: (plan.bytes,) uint8."""
+
+    reply: Reply
+    purpose: Literal["push", "anchor", "evaluate"]
+    number: int
+    plan: Plan
+    data: U8
+    received: bytearray
+    until: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return 0 not in self.received
+
+
+@dataclass(slots=True)
+class Membership:
+    """This worker as the server welcomed it."""
+
+    token: str = ""
+    connection: int = 0
+    worker: str = ""
+    welcome: Welcome | None = None
+    last_number: int = 0
+    last_applied: int = 0
+    merged: int = 0
+    """Last reply merged."""
+    anchored: bool = False
+    """Whether the server knows what center this worker goes on from."""
+    known: Version = field(default=NOWHERE)
+    """Highest version heard of."""
+
+    def __repr__(self) -> str:
+        return f"<Membership {self.worker or 'nobody'}, connection {self.connection}, last number {self.last_number}>"
+
+    def resume(self) -> Resume | None:
+        """What to remind the server of; None before the first Welcome."""
+        if not self.token:
+            return None
+        return Resume(self.token, self.last_number, self.last_applied, self.merged)

@@ -1,0 +1,457 @@
+"""The SDK: join a server, and call `step` after each optimizer step of your own loop.
+
+    with join("tcp://host:5555", model, optimizer) as session:
+        ...
+        session.step(loss, samples=len(x))
+
+Laws
+* Every optimizer step ends up in exactly one push: D = x - anchor, and the anchor is what the last merge took from
+  the server, before progress made in flight is added on top: x <- reply + (x now - x at push), anchor <- reply.
+* The server decides rule, codec, local steps and overlap; they arrive at join.
+* Optimizer state is the worker's own: no merge touches it.
+* While the server is away, `step` returns at once and training goes on; what is trained meanwhile is pushed later.
+* The model is only touched inside `step`, `global_model` and at the ends, on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from common import rules
+from common.chunks import Plan, plan
+from common.codecs.base import F32, U8
+from common.errors import Code, CodecError, NetworkError, Refused, UsageError
+from common.layout import Binding, Layout
+from common.messages import NOWHERE, Optimizer, Scalars, Version
+from worker import core
+from worker.core import PullWanted, PushWanted, WorkerCore
+from worker.driver import Driver
+
+LIBRARY = "paramserver 0.1.0"
+SWITCH_INTERVAL_S = 0.0005
+"""How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
+PATIENCE_S = 10.0
+"""Waits longer than this are spoken of."""
+log = logging.getLogger("paramserver.worker")
+
+
+def join(
+    address: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str | None = None,
+    connect_timeout_s: float = 30.0,
+) -> Session:
+    """Join the server at `address` with this model; returns when the model holds the server's center.
+
+    The first worker of a fresh server supplies the initial weights, all others adopt the center. Raises NetworkError
+    where nobody answers within `connect_timeout_s`, Refused where the server says no, UsageError for a model that
+    cannot be exchanged.
+    """
+    return Session(address, model, optimizer, name=name, connect_timeout_s=connect_timeout_s)
+
+
+@dataclass(slots=True)
+class Progress:
+    """What was trained since the last push."""
+
+    steps: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, other: Progress) -> None:
+        self.steps += other.steps
+        self.samples += other.samples
+        self.loss_sum += other.loss_sum
+
+
+@dataclass(slots=True)
+class Exchanges:
+    """What the exchanges of this worker cost so far, for its report."""
+
+    pushed: int = 0
+    rejected: int = 0
+    stalled_s: float = 0.0
+    """Time `step` waited for the server."""
+    hidden: int = 0
+    """Exchanges that were over before anybody waited for them."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    lost: int = 0
+    """Times the server was away."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A push that is not settled. x: (elements,) the parameters at the push."""
+
+    x: F32
+    progress: Progress
+
+
+class Session:
+    """A worker's place at a server. Made by `join`; a context manager that says Bye."""
+
+    def __init__(
+        self,
+        address: str,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        name: str | None = None,
+        connect_timeout_s: float = 30.0,
+    ) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._address = address
+        self._model = model
+        self._optimizer = optimizer
+        self._layout = Layout.of(model)
+        self._binding = Binding(model, self._layout)
+        self._parameters = self._layout.parameters
+        elements = self._layout.elements
+        # x: the parameters as last gathered; anchor: what the last merge took; spare: the next `x` while one is in flight
+        self._x, self._anchor, self._spare, self._scratch = (np.zeros(elements, np.float32) for _ in range(4))
+        self._base: Version = NOWHERE
+        self._in_flight: _InFlight | None = None
+        self._progress = Progress()
+        self._discard = False
+        self._reanchoring = True
+        self._away = False
+        self._left = False
+        self._evaluated: core.Fetched | None = None
+        self.finished = False
+        self.steps = 0
+        self.exchanges = Exchanges()
+        self._core = WorkerCore(
+            name=name or f"{socket.gethostname()}-{os.getpid()}",
+            library=LIBRARY,
+            layout=self._layout,
+            optimizer=_facts(optimizer),
+        )
+        self._binding.gather(self._x)
+        self._driver = Driver(self._core, address)
+        try:
+            self._join(connect_timeout_s)
+        except BaseException:
+            self._part("could not join", timeout_s=0.0)
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Session {self.name} at {self._address}, step {self.steps}, version {self._base}>"
+
+    @property
+    def name(self) -> str:
+        """The name this worker goes by on the server."""
+        return self._core.membership.worker
+
+    @property
+    def version(self) -> Version:
+        """(epoch, version) of the center last merged."""
+        return self._base
+
+    # The loop
+
+    def step(self, loss: torch.Tensor | float, samples: int, *, stepped: bool = True) -> None:
+        """Call after each optimizer step. loss: mean loss of the batch; samples: its size.
+
+        `stepped=False` says that the optimizer skipped this step (as a gradient scaler may): it counts as none.
+        Exchanges with the server when it is due; raises Refused if the server throws this worker out.
+        """
+        if self._left:
+            raise UsageError("This session is over.", fix="Join again.")
+        if stepped:
+            self.steps += 1
+            self._progress.add(Progress(1, samples, float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)))
+            self._driver.post(core.Progress(self.steps))
+        self._take_news()
+        if self.finished or self._progress.steps < self._local_steps:
+            return
+        if self._in_flight is not None:
+            self._wait_until_settled()
+        if self.finished or self._away or self._reanchoring or self._in_flight is not None:
+            return
+        self._push()
+        if not self._overlap:
+            self._wait_until_settled()
+
+    def global_model(self, timeout_s: float = 60.0) -> torch.nn.Module:
+        """A copy of the model that holds the center as it is now on the server; for evaluation.
+
+        Raises NetworkError where the server does not answer within `timeout_s`.
+        """
+        self._evaluated = None
+        self._driver.post(PullWanted("evaluate"))
+        self._wait(lambda: self._evaluated is not None, timeout_s, "the center")
+        if self._evaluated is None:
+            raise NetworkError(f"{self._address} did not send the center within {timeout_s:g} s.", fix="Is it running?")
+        found = copy.deepcopy(self._model)
+        flat = np.zeros(self._layout.elements, np.float32)
+        self._down.decode(self._evaluated.data, flat)
+        Binding(found, self._layout).scatter(flat)
+        return found
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Push what is not pushed yet and wait until it is settled; False where that did not succeed in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self.finished and (self._in_flight is not None or self._progress.steps):
+            self._take_news()
+            if self._in_flight is None and not self._away and not self._reanchoring:
+                self._push()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._take(self._driver.news(min(left, 0.1)))
+        return True
+
+    def close(self, reason: str = "finished its work") -> None:
+        """Say Bye and end the connection. A second call does nothing."""
+        if not self._left:
+            self._part(reason, timeout_s=2.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._left:
+            return
+        if kind is None:
+            self.flush()
+            self.close()
+        else:
+            self.close(f"stopped by {kind.__name__}")
+
+    # Joining
+
+    def _join(self, connect_timeout_s: float) -> None:
+        started, told = time.monotonic(), False
+        while self._reanchoring or self._base == NOWHERE:
+            news = self._driver.news(0.5)
+            self._take(news)
+            waited = time.monotonic() - started
+            if self._core.membership.token == "":
+                if waited > connect_timeout_s:
+                    raise NetworkError(
+                        f"Nothing answers at {self._address} after {connect_timeout_s:g} s.",
+                        fix="Is the server running there? `paramserver serve` prints the line to join it.",
+                    )
+                if waited > 2.0 and not told:
+                    told = True
+                    log.warning("waiting for a server at %s", self._address)
+            elif waited > PATIENCE_S and not told:
+                told = True
+                log.warning("waiting for the initial weights of another worker")
+            if self.finished and self._core.phase == "ended":
+                return
+
+    def _adopt(self, joined: core.Joined) -> None:
+        settings = joined.welcome.settings
+        self._rule = rules.load(str(settings["rule"]))
+        self._config = rules.configure(self._rule, joined.welcome.rule_settings)
+        self._local_steps = int(settings["local_steps"])
+        self._overlap = bool(settings["overlap"])
+        self._average_buffers = settings["buffers"] == "average"
+        self._up: Plan = plan(self._layout, str(settings["codec"]))
+        self._down: Plan = plan(self._layout, str(settings["reply_codec"]))
+        self._update: U8 = np.zeros(self._up.bytes, np.uint8)
+        log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
+
+    # Exchanges
+
+    def _push(self) -> None:
+        """Encode D = x - anchor (and the float buffers as they are) and send it off."""
+        n = self._parameters
+        self._binding.gather(self._x)
+        self._rule.update(self._config, self._x[:n], self._anchor[:n], self._scratch[:n])
+        self._scratch[n:] = self._x[n:]
+        try:
+            self._up.encode(self._scratch, self._update)
+        except CodecError as error:
+            self._reject(str(error))
+            return
+        progress, self._progress = self._progress, Progress()
+        self._in_flight = _InFlight(self._x, progress)
+        self._x, self._spare = self._spare, self._x
+        mean_loss = progress.loss_sum / max(progress.steps, 1)
+        scalars = Scalars(mean_loss, progress.samples, progress.steps, float(self._optimizer.param_groups[0]["lr"]))
+        self.exchanges.bytes_up += self._up.bytes
+        self._driver.post(PushWanted(self._update, scalars, self._base))
+
+    def _settled(self, news: core.Settled) -> None:
+        assert self._in_flight is not None
+        if news.outcome == "applied" and news.data is not None:
+            self.exchanges.pushed += 1
+            self.exchanges.bytes_down += self._down.bytes
+            self._merge(news.data, self._in_flight.x)
+            self._base = news.base
+            self._in_flight = None
+        elif news.code == Code.FINISHED or news.outcome == "applied":
+            self._in_flight = None
+        else:
+            self.exchanges.rejected += 1
+            log.warning("update %d was refused (%s): %s It is dropped; going on from the center.", news.number, news.code, news.sentence)
+            self._reanchoring = True  # in flight stays: what was refused is not pushed again
+            self._driver.post(PullWanted("anchor"))
+
+    def _reject(self, why: str) -> None:
+        """This worker's own parameters cannot be pushed: give them up, go on from the center."""
+        self.exchanges.rejected += 1
+        log.warning("%s The progress of %d steps is dropped; going on from the center.", why, self._progress.steps)
+        self._progress = Progress()
+        self._discard = self._reanchoring = True
+        self._driver.post(PullWanted("anchor"))
+        if not self._away:
+            self._wait(lambda: not self._reanchoring or self._away or self.finished, None, "the center")
+
+    def _merge(self, data: U8, start: F32) -> None:
+        """x <- merge(reply) + (x now - start); anchor <- reply. start: (elements,) x when it was pushed."""
+        n = self._parameters
+        reply = self._anchor
+        self._down.decode(data, reply)
+        now, merged = self._x, self._scratch
+        moved = self._progress.steps > 0
+        if moved:
+            self._binding.gather(now)
+        else:
+            now[:] = start
+        merged[:n] = now[:n]
+        self._rule.merge(self._config, merged[:n], reply[:n])
+        if moved:
+            now[:n] -= start[:n]
+            merged[:n] += now[:n]
+        merged[n:] = reply[n:] if self._average_buffers else now[n:]
+        self._binding.scatter(merged)
+        if not self._binding.exact:
+            self._anchor_as_held(now, moved)
+
+    def _anchor_as_held(self, progress: F32, moved: bool) -> None:
+        """Half precision rounds what a merge writes; that is no training, so it goes into the anchor."""
+        n = self._parameters
+        self._binding.gather(self._scratch)
+        self._anchor[:n] = self._scratch[:n]
+        if moved:
+            self._anchor[:n] -= progress[:n]
+
+    def _reanchored(self, news: core.Fetched) -> None:
+        """Go on from this center: x <- c + (x - what was pushed or dropped), anchor <- c."""
+        if self._base == NOWHERE or self._discard:
+            self._progress = Progress()
+            self._binding.gather(self._x)
+            start = self._x
+        else:
+            start = self._in_flight.x if self._in_flight is not None else self._anchor.copy()
+        self._merge(news.data, start)
+        self._in_flight = None
+        self._base = news.base
+        self._discard = self._reanchoring = False
+
+    def _orphaned(self, news: core.Orphaned) -> None:
+        """The session was lost under a push: take it back only where it was surely not applied."""
+        assert self._in_flight is not None
+        self._reanchoring = True
+        if news.pushed:
+            log.warning("the session was lost; update %d counts as pushed and is not repeated", news.number)
+            return
+        self._progress.add(self._in_flight.progress)
+        self._in_flight = None
+
+    # News
+
+    def _take_news(self) -> None:
+        while (news := self._driver.news()) is not None:
+            self._take(news)
+
+    def _take(self, news: Any) -> None:
+        match news:
+            case None:
+                pass
+            case core.Joined():
+                self._adopt(news)
+            case core.NeedWeights():
+                self._send_weights()
+            case core.Settled():
+                self._settled(news)
+            case core.Orphaned():
+                self._orphaned(news)
+            case core.Fetched(purpose="anchor"):
+                self._reanchored(news)
+            case core.Fetched():
+                self._evaluated = news
+            case core.Away(sentence):
+                self._away = True
+                self.exchanges.lost += 1
+                log.warning("%s; training goes on", sentence)
+            case core.Back():
+                self._away = False
+                log.warning("the server answers again")
+            case core.Finished():
+                self.finished = True
+            case core.Left():
+                self._left = True
+            case core.Failed(error):
+                self._left = True
+                raise Refused(error.code, error.sentence, fix=error.fix)
+
+    def _send_weights(self) -> None:
+        """Supply the first center; raises UsageError where the model is not finite."""
+        exact = self._core.plan(core.LOSSLESS)
+        data = np.zeros(exact.bytes, np.uint8)
+        self._binding.gather(self._x)
+        try:
+            exact.encode(self._x, data)
+        except CodecError:
+            raise UsageError("The model holds NaN or infinity.", fix="Initialise it before joining.") from None
+        self._driver.post(core.InitialWeights(data))
+
+    def _wait_until_settled(self) -> None:
+        """Wait for the push in flight, unless the server is away: then training goes on."""
+        self._take_news()
+        if self._in_flight is None:
+            self.exchanges.hidden += 1
+            return
+        started = time.monotonic()
+        self._wait(lambda: self._in_flight is None or self._away or self.finished, None, "the exchange")
+        self.exchanges.stalled_s += time.monotonic() - started
+
+    def _wait(self, done: Any, timeout_s: float | None, what: str) -> None:
+        started, told = time.monotonic(), False
+        while not done():
+            waited = time.monotonic() - started
+            if timeout_s is not None and waited >= timeout_s:
+                return
+            if waited > PATIENCE_S and not told:
+                told = True
+                log.warning("still waiting for %s from %s", what, self._address)
+            self._take(self._driver.news(min(1.0, math.inf if timeout_s is None else timeout_s - waited)))
+            if self._left:
+                return
+
+    def _part(self, reason: str, *, timeout_s: float) -> None:
+        self._driver.post(core.Leave(reason))
+        deadline = time.monotonic() + timeout_s
+        while not self._left and (left := deadline - time.monotonic()) > 0:
+            news = self._driver.news(left)
+            if isinstance(news, core.Left):
+                break
+        self._left = True
+        self._driver.close(timeout_s)
+
+
+def _facts(optimizer: torch.optim.Optimizer) -> Optimizer:
+    group = optimizer.param_groups[0]
+    momentum = float(group.get("momentum", 0.0) or 0.0)
+    return Optimizer(type(optimizer).__name__, float(group["lr"]), momentum, len(optimizer.param_groups))
