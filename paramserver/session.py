@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from common.codecs.base import F32
 from common.messages import NOWHERE, Begin, Outcome, Scalars, Version
-from common.rules.base import Arrays
+from common.rules.base import Arrays, Facts
 from paramserver.slots import Slot
 
 
@@ -67,6 +67,15 @@ class Counters:
     bytes_down: int = 0
     loss: float = float("nan")
     lag_versions: int = 0
+
+    def applied(self, facts: Facts, bytes_down: int) -> None:
+        """One more update was applied, and answered with so many bytes."""
+        self.updates += 1
+        self.samples += facts.samples
+        self.steps += facts.steps
+        self.loss = facts.loss
+        self.lag_versions = facts.lag_versions
+        self.bytes_down += bytes_down
 
 
 @dataclass(slots=True)

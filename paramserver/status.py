@@ -41,8 +41,9 @@ class Throughput:
 
 def describe(core: ServerCore, now: float) -> dict[str, Any]:
     """The whole state as plain values (finite numbers, strings, lists), ready for JSON."""
-    updates_per_s, samples_per_s = core.throughput.rates(now)
+    updates_per_s, samples_per_s = core.rates.rates(now)
     shard = core.shard
+    slots = core.state.model.slots if core.state.model else None
     known = sorted(core.sessions.values(), key=lambda session: (not session.live, session.worker))
     return {
         "rule": core.settings.rule,
@@ -53,23 +54,23 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "overlap": core.settings.overlap,
         "epoch": core.version.epoch,
         "version": core.version.version,
-        "durable": str(core.durable),
+        "durable": str(core.state.durable),
         "parameters": shard.layout.parameters if shard else 0,
         "phase": _phase(core),
         "waiting_for": _waiting_for(core, now),
-        "updates": core.budget.updates,
-        "samples": core.budget.samples,
-        "elapsed_s": round(core.budget.elapsed_s(now), 3),
-        "budget_used": round(core.budget.share(now), 4),
+        "updates": core.state.budget.updates,
+        "samples": core.state.budget.samples,
+        "elapsed_s": round(core.state.budget.elapsed_s(now), 3),
+        "budget_used": round(core.state.budget.share(now), 4),
         "updates_per_s": round(updates_per_s, 2),
         "samples_per_s": round(samples_per_s, 1),
-        "finished": core.finished,
+        "finished": core.state.finished,
         "workers": [_worker(session, now) for session in known if session.role == "worker"],
         "observers": sum(session.live and session.role == "observer" for session in known),
-        "refusals": dict(core.refusals),
-        "drained_messages": core.drained,
+        "refusals": dict(core.out.refusals),
+        "drained_messages": core.drained + core.uplink.drained,
         "memory_bytes": memory.plan(core.settings, shard.layout).total(len(core.members)) if shard else 0,
-        "slots": {"count": core.slots.count, "taken": core.slots.taken} if core.slots else {"count": 0, "taken": 0},
+        "slots": {"count": slots.count, "taken": slots.taken} if slots else {"count": 0, "taken": 0},
     }
 
 
@@ -83,13 +84,13 @@ def encode(values: dict[str, Any]) -> bytes:
 
 
 def _phase(core: ServerCore) -> str:
-    if core.diverged:
+    if core.state.diverged:
         return "diverged"
-    if core.stopping:
+    if core.state.stopping:
         return "stopping"
-    if core.finished:
+    if core.state.finished:
         return "finished"
-    if not core.initialised:
+    if not core.state.initialised:
         return "waiting for initial weights" if core.shard else "waiting for the first worker"
     return "training" if core.members else "waiting for workers"
 
@@ -97,7 +98,7 @@ def _phase(core: ServerCore) -> str:
 def _waiting_for(core: ServerCore, now: float) -> list[str]:
     """One sentence for each thing that is waited for."""
     sentences = []
-    initialiser = core.initialiser
+    initialiser = core.initial.asked
     if initialiser is not None:
         sentences.append(f"{initialiser.worker} to send the initial weights")
     for session in core.members:

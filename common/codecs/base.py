@@ -7,6 +7,7 @@ Laws
   fail nor produce a non-finite value; whatever bytes arrive, `check` raises CodecError and nothing else.
 * `decode` is deterministic, and the sender applies the *decoded* value to its own copy: both ends hold the same bits.
 * Non-finite input is an error of the sender (CodecError with code NON_FINITE), never quantised.
+* `data` starts at a multiple of 8 bytes.
 * The input is never written to. Nothing is allocated per call that grows with the block.
 
 A codec file offers one value, `CODEC`. Its header gives the definition, bytes per element, bias class, pitfalls.
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from common.errors import Code, CodecError
 from common.kernels import kernel
 
-__all__ = ["BLOCK_ELEMENTS", "F32", "U8", "Codec", "all_finite", "expect_bytes", "kernel", "non_finite"]
+__all__ = ["BLOCK_ELEMENTS", "F32", "U8", "Codec", "CodecError", "all_finite", "expect_bytes", "kernel", "non_finite"]
 
 F32: TypeAlias = NDArray[np.float32]
 U8: TypeAlias = NDArray[np.uint8]
@@ -74,7 +75,7 @@ def all_finite(bits: Any, exponent_mask: Any) -> bool:
 
     On bit patterns, so that no compiler flag can ever make isfinite(NaN) true.
     """
-    bad = 0
+    top = bits.dtype.type(0)
     for i in range(bits.size):
-        bad += (bits[i] & exponent_mask) == exponent_mask
-    return bad == 0
+        top = max(top, bits.dtype.type(bits[i] & exponent_mask))
+    return bool(top < exponent_mask)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.codecs.base import (  # type: ignore[attr-defined]
+from common.codecs.base import (
     F32,
     U8,
     Codec,

@@ -1,0 +1,345 @@
+"""What benchmarks share: competitors in processes of their own, measured in turn; the table, the JSON, the picture.
+
+    case   one competitor at one size     open() -> Competitor(round, verify)
+    round  one measured exchange          A B C  A B C  A B C ...
+
+Laws
+* Competitors take turns within one run, after a warm-up round each. The machine may be shared and noisy: only ratios
+  within one run mean anything.
+* A competitor checks its own answers, outside the measured time; a fast wrong answer fails the benchmark.
+* A competitor's processes end with the benchmark, however that ends: done, failed, interrupted or killed.
+* Every wait has a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import ParamserverError
+
+START_LIMIT_S = 120.0
+"""A process is ready within this time, its kernels compiled."""
+ROUND_LIMIT_S = 60.0
+END_LIMIT_S = 5.0
+"""A process that was told to end and has not is killed."""
+LIBRARIES = ("torch", "numpy", "numba", "pyzmq", "uvloop", "msgpack")
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", dir_okay=False, help="Write the rows here, and a picture beside it.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds of each competitor.")]
+
+
+class BenchmarkError(ParamserverError):
+    """A competitor failed, hung, or computed a wrong answer."""
+
+
+class Benchmark(NamedTuple):
+    """One question. `run` measures, prints and writes; its parameters are the options of the command line."""
+
+    name: str
+    summary: str
+    run: Callable[..., None]
+
+
+class Competitor(NamedTuple):
+    """A case that is open. round() -> seconds of one exchange; verify() raises unless all rounds did what they should."""
+
+    round: Callable[[], float]
+    verify: Callable[[], None]
+
+
+class Case(NamedTuple):
+    """One competitor at one size. `peer`: the others' medians are compared with it."""
+
+    name: str
+    size_bytes: int
+    """Bytes of the model."""
+    moved_bytes: int
+    """Bytes that one round carries, all directions together."""
+    peer: bool
+    open: Callable[[], AbstractContextManager[Competitor]]
+
+
+class Row(TypedDict):
+    """One line of the JSON. ratios: how many times faster than each peer, by medians."""
+
+    benchmark: str
+    case: str
+    size_bytes: int
+    median_s: float
+    min_s: float
+    max_s: float
+    gb_per_s: float
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The seconds of every measured round of one case."""
+
+    case: Case
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def gb_per_s(self) -> float:
+        """Carried bytes, in 10^9 per second, at the median."""
+        return self.case.moved_bytes / self.median_s / 1e9
+
+
+# Measuring
+
+
+def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Result]:
+    """Open all cases, let them take turns for `warmup` and then `rounds` rounds, verify each, close them."""
+    seconds: list[list[float]] = [[] for _ in cases]
+    with ExitStack() as stack:
+        competitors = [stack.enter_context(case.open()) for case in cases]
+        for turn in range(warmup + rounds):
+            for taken, competitor in zip(seconds, competitors, strict=True):
+                spent = competitor.round()
+                if turn >= warmup:
+                    taken.append(spent)
+        for competitor in competitors:
+            competitor.verify()
+    return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
+
+
+def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
+    """The results as plain values; each is compared with every peer of its size but itself."""
+    return [
+        Row(
+            benchmark=benchmark,
+            case=result.case.name,
+            size_bytes=result.case.size_bytes,
+            median_s=result.median_s,
+            min_s=min(result.seconds),
+            max_s=max(result.seconds),
+            gb_per_s=result.gb_per_s,
+            ratios={
+                other.case.name: other.median_s / result.median_s
+                for other in results
+                if other.case.peer and other is not result and other.case.size_bytes == result.case.size_bytes
+            },
+        )
+        for result in results
+    ]
+
+
+# Reporting
+
+
+def report(benchmark: str, results: Sequence[Result], settings: dict[str, Any], json_file: Path | None) -> None:
+    """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it."""
+    found, about = rows(benchmark, results), machine()
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
+    console.print(table(found))
+    if json_file is None:
+        return
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps({"machine": about, "settings": settings, "rows": found}, indent=2) + "\n")
+    picture_file = json_file.with_suffix(".png")
+    picture(found, picture_file, title=f"{benchmark}: {about['cpu']}, {about['cores']} cores")
+    console.print(f"Written: {json_file}, {picture_file}", highlight=False)
+
+
+def machine() -> dict[str, str]:
+    """What this machine is and runs: for a person who compares two reports."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu(),
+        "cores": str(os.cpu_count()),
+        "load": f"{os.getloadavg()[0]:.1f}",
+        "memory": f"{memory_bytes / 1e9:.0f} GB",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    } | {name: version(name) for name in LIBRARIES}
+
+
+def table(found: Sequence[Row]) -> Table:
+    """The rows for a terminal: times in ms, and a column of ratios for each peer."""
+    peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
+    shown = Table("case", "MB", "median ms", "min", "max", "GB/s", *(f"x {name}" for name in peers), box=None)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in found:
+        times = (f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s"))
+        ratios = (f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in peers)
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *times, f"{row['gb_per_s']:.2f}", *ratios)
+    return shown
+
+
+def picture(found: Sequence[Row], file: Path, *, title: str) -> None:
+    """A bar for each median, a whisker from the fastest to the slowest round."""
+    figure = Figure(figsize=(8.0, 1.2 + 0.45 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    medians = [1e3 * row["median_s"] for row in found]
+    below = [1e3 * (row["median_s"] - row["min_s"]) for row in found]
+    above = [1e3 * (row["max_s"] - row["median_s"]) for row in found]
+    labels = [f"{row['case']}, {row['size_bytes'] / 1e6:g} MB" for row in found]
+    axes.barh(labels, medians, xerr=[below, above], color=["C1" if not row["ratios"] else "C0" for row in found])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per round (bar: median, whisker: fastest to slowest)")
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(file, dpi=150)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+# Processes
+
+
+class Link:
+    """A child's end of the line to the benchmark."""
+
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+
+    def answer(self, value: Any) -> None:
+        """Say `value`, whatever plain data it is."""
+        self._line.send((value, ""))
+
+    def fail(self, sentence: str) -> None:
+        """Say that it does not work, and why."""
+        self._line.send((None, sentence))
+
+    def requests(self) -> Iterator[str]:
+        """What the benchmark asks for, until it has had enough or is gone."""
+        try:
+            while True:
+                yield self._line.recv()
+        except EOFError:
+            return
+
+    def end_with_the_benchmark(self) -> None:
+        """For a process that listens to others: SIGTERM to itself when the benchmark is gone."""
+
+        def watch() -> None:
+            for _ in self.requests():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(END_LIMIT_S)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class Child:
+    """A process of the benchmark, seen from there."""
+
+    def __init__(self, name: str, process: BaseProcess, line: Connection) -> None:
+        self._name = name
+        self._process = process
+        self._line = line
+
+    def hear(self, limit_s: float) -> Any:
+        """The next answer; raises BenchmarkError where there is none in time, or it is a failure."""
+        if not self._line.poll(limit_s):
+            raise BenchmarkError(f"{self._name} did not answer within {limit_s:g} s.")
+        try:
+            value, failure = self._line.recv()
+        except EOFError:
+            self._process.join(END_LIMIT_S)
+            raise BenchmarkError(f"{self._name} ended with exit code {self._process.exitcode}.") from None
+        if failure:
+            raise BenchmarkError(f"{self._name} failed:\n{failure}")
+        return value
+
+    def ask(self, request: str, limit_s: float) -> Any:
+        """The answer to `request`."""
+        self._line.send(request)
+        return self.hear(limit_s)
+
+
+@contextmanager
+def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[Child]:
+    """A fresh process that runs `target(link, *arguments)`; it is gone when the block is left."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_run, args=(there, target, arguments), name=name, daemon=True)
+    try:
+        process.start()
+        there.close()
+        yield Child(name, process, here)
+    finally:
+        here.close()
+        if process.pid is not None:
+            for end in (lambda: None, process.terminate, process.kill):
+                end()
+                process.join(END_LIMIT_S)
+                if process.exitcode is not None:
+                    break
+
+
+def answer_rounds(
+    link: Link, exchange: Callable[[], None], check: Callable[[int], None], verify: Callable[[int], None]
+) -> None:
+    """The loop of a competitor's child: time exchanges. check(k) after round k and verify(k) at the end raise."""
+    link.answer("ready")
+    done = 0
+    for request in link.requests():
+        if request == "verify":
+            verify(done)
+            link.answer("right")
+            continue
+        started = time.perf_counter()
+        exchange()
+        spent = time.perf_counter() - started
+        done += 1
+        check(done)
+        link.answer(spent)
+
+
+def competitor(of: Child) -> Competitor:
+    """A Competitor whose child runs `answer_rounds` and is ready."""
+
+    def verify() -> None:
+        of.ask("verify", ROUND_LIMIT_S)
+
+    of.hear(START_LIMIT_S)
+    return Competitor(lambda: float(of.ask("round", ROUND_LIMIT_S)), verify)
+
+
+def _run(line: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What a child does. Ctrl-C reaches every process of a terminal; here the benchmark alone decides what ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(line)
+    try:
+        target(link, *arguments)
+    except Exception as error:
+        told = str(error) if isinstance(error, ParamserverError) else traceback.format_exc()
+        link.fail(told)

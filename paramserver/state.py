@@ -1,0 +1,127 @@
+"""Everything that is true of the server now, in one place; and the outbox in which its actions gather.
+
+The parts of the core (`joining`, `initial`, `uplink`, `applying`, `pulls`, `durability`) are verbs over this state:
+each is made with it and holds only what is its own business. None of them keeps a copy of anything in here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from common import rules, wire
+from common.config import ServerSettings
+from common.errors import Code, PeerError
+from common.messages import NOWHERE, Fault, Message, Version
+from common.node import Record, Say, Send
+from common.rules.base import Config, Rule
+from paramserver.budget import Budget
+from paramserver.session import Session
+from paramserver.shard import Shard
+from paramserver.slots import Slots
+from paramserver.snapshots import Snapshots
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """The model that is served, and the buffers its exchanges live in."""
+
+    shard: Shard
+    slots: Slots
+    snapshots: Snapshots
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What the parts of the core share."""
+
+    settings: ServerSettings
+    epoch: int
+    rule: Rule
+    config: Config
+    budget: Budget
+    now: float = 0.0
+    """Monotonic seconds of the event that is being handled."""
+    sessions: dict[str, Session] = field(default_factory=dict)
+    model: Hosted | None = None
+    """None until the first worker has said what its model looks like."""
+    initialised: bool = False
+    """Whether the center holds weights."""
+    durable: Version = NOWHERE
+    unsaved_since: float | None = None
+    """When saving began to fail (monotonic seconds)."""
+    recovered: Version = NOWHERE
+    """The version this life of the server started from."""
+    finished: str = ""
+    """Why training is over, once it is."""
+    diverged: str = ""
+    """Where the center ceased to be finite, once it did."""
+    stopping: str = ""
+
+    @classmethod
+    def of(cls, settings: ServerSettings, epoch: int) -> ServerState:
+        """The state of a server that has just started."""
+        budget = Budget(settings.budget_updates, settings.budget_samples, settings.budget_s)
+        return cls(settings, epoch, rules.load(settings.rule), settings.rule_config(), budget)
+
+    @property
+    def version(self) -> Version:
+        """The center now."""
+        return self.model.shard.version if self.model else Version(self.epoch, 0)
+
+    @property
+    def members(self) -> list[Session]:
+        """Live workers."""
+        return [session for session in self.sessions.values() if session.member]
+
+    @property
+    def hosted(self) -> Hosted:
+        """The model, where there must be one."""
+        assert self.model is not None
+        return self.model
+
+
+class Outbox:
+    """Actions gathered while one event is handled, in order."""
+
+    def __init__(self) -> None:
+        self._actions: list[Any] = []
+        self.refusals: dict[str, int] = {}
+        """How often each code was said, for `status`."""
+
+    def add(self, action: Any) -> None:
+        """Any action."""
+        self._actions.append(action)
+
+    def take(self) -> list[Any]:
+        """Everything gathered, once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """A message to a connection."""
+        self.add(Send(peer, wire.encode(message)))
+
+    def tell(self, session: Session, message: Message) -> None:
+        """A message to a session, if it is connected in this life of the server."""
+        if session.peer:
+            self.send(session.peer, message)
+
+    def fault(self, peer: bytes, error: PeerError, *, session: Session | None = None, number: int = 0) -> None:
+        """Tell a peer what it did wrong."""
+        self.count(error.code)
+        token, connection = (session.token, session.connection) if session else ("", 0)
+        self.send(peer, Fault(token, connection, str(error.code), error.sentence, error.fix, number))
+        self.record("fault", code=str(error.code), sentence=error.sentence, worker=session.worker if session else "")
+
+    def count(self, code: Code | str) -> None:
+        """One more refusal for this reason."""
+        self.refusals[str(code)] = self.refusals.get(str(code), 0) + 1
+
+    def record(self, kind: str, **values: Any) -> None:
+        """One line for the run log."""
+        self.add(Record(kind, values))
+
+    def say(self, level: str, sentence: str) -> None:
+        """One line for the person who watches."""
+        self.add(Say(level, sentence))

@@ -1,0 +1,261 @@
+"""Updates on their way up: Begin, Grant, Chunk, Commit, until each is complete or refused. Pure.
+
+Laws
+* A slot is reserved before the first byte moves; slots are given in order of arrival, and die with the connection.
+* The sender may have at most a window of chunks under way.
+* A decided number is never decided again: a repeat gets the original answer, and is no strike.
+* A push that breaks a rule is decided as rejected, leaves nothing behind, and is counted; three new ones within a
+  minute put the worker in quarantine, each time for twice as long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from common.errors import Code, PeerError
+from common.messages import Begin, Buffer, Chunk, Commit, Grant, More, Push, Scalars
+from paramserver import intake
+from paramserver.initial import InitialWeights
+from paramserver.session import Decision, Session, Transfer
+from paramserver.slots import Slot
+from paramserver.state import Outbox, ServerState
+
+QUARANTINE_S = 60.0
+QUARANTINE_DOUBLINGS = 10
+
+
+class Uplink:
+    """All transfers that are not complete. `complete` takes over one that is; `decided` tells a session its decision."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        out: Outbox,
+        initial: InitialWeights,
+        complete: Callable[[Session, Transfer], None],
+        decided: Callable[[Session], None],
+        again: Callable[[Session], None],
+    ) -> None:
+        self._state = state
+        self._out = out
+        self._initial = initial
+        self._complete_push = complete
+        self._decided = decided
+        self._again = again
+        self._waiting: deque[tuple[Session, Transfer]] = deque()
+        self._whole: dict[str, Push] = {}
+        """Whole pushes that wait for a slot: at most one per session, each at most a chunk."""
+        self.drained = 0
+        """Chunks of transfers that are over."""
+
+    def push(self, session: Session, push: Push) -> None:
+        """A whole transfer in one message."""
+        transfer = self._start(session, push.begin)
+        if transfer is None:
+            return
+        if transfer.begin.kind == "init":
+            self._take_whole(session, transfer, push)
+        else:
+            self._whole[session.token] = push
+            self.give_slots()
+
+    def begin(self, session: Session, begin: Begin) -> None:
+        """A transfer of several chunks asks to be let in."""
+        transfer = self._start(session, begin)
+        if transfer is None:
+            return
+        if begin.kind == "init":
+            self._open_window(session, transfer)
+            return
+        self.give_slots()
+        if transfer.slot is None:
+            sentence = f"All {self._state.hosted.slots.count} transfer slots are taken; they are given in order."
+            self._grant(session, begin, "wait", 0, Code.BUSY, sentence)
+
+    def chunk(self, session: Session, chunk: Chunk) -> None:
+        """One piece of a transfer."""
+        transfer = session.transfer
+        if transfer is None or transfer.begin.number != chunk.transfer or transfer.committed:
+            self.drained += 1
+            return
+        if chunk.index >= transfer.until:
+            self._fail(session, transfer, PeerError(Code.LIMIT, "More chunks were sent than were granted."))
+            return
+        if not self._take(session, transfer, chunk.index, chunk.payload):
+            return
+        arrived, window = sum(transfer.received), self._state.settings.window_chunks
+        if transfer.until < len(transfer.received) and transfer.until - arrived <= window // 2:
+            transfer.until = arrived + window
+            self._out.tell(session, More(session.token, session.connection, chunk.transfer, transfer.until))
+
+    def commit(self, session: Session, commit: Commit) -> None:
+        """The last chunk was sent."""
+        transfer = session.transfer
+        if transfer is None or transfer.begin.number != commit.number or transfer.committed:
+            self.drained += 1
+            return
+        self._complete(session, transfer, commit.scalars)
+
+    def refusal(self, session: Session) -> PeerError | None:
+        """Why no push of this session is taken at present; None where it is."""
+        state = self._state
+        if not session.anchored:
+            return PeerError(Code.UNEXPECTED, "This worker has not pulled the center it would start from.")
+        if state.finished:
+            return PeerError(Code.FINISHED, f"Training is over: {state.finished}.")
+        if state.diverged:
+            fix = "Restart from a checkpoint with a lower learning rate."
+            return PeerError(Code.DIVERGED, state.diverged, fix=fix)
+        if state.now < session.quarantined_until:
+            left_s = session.quarantined_until - state.now
+            return PeerError(Code.QUARANTINED, f"Too many rejected updates; quarantined for {left_s:.0f} s more.")
+        if state.unsaved_since is not None and state.now - state.unsaved_since > state.settings.max_unsaved_age_s:
+            return PeerError(Code.DEGRADED, "Nothing could be saved for too long; updates are refused until it can.")
+        return None
+
+    def give_slots(self) -> None:
+        """Slots to those who wait, in order of arrival."""
+        if self._state.model is None:
+            return
+        while self._waiting:
+            session, transfer = self._waiting[0]
+            if session.transfer is transfer:
+                transfer.slot = self._state.model.slots.take()
+                if transfer.slot is None:
+                    return
+            self._waiting.popleft()
+            if session.transfer is not transfer:
+                continue
+            if push := self._whole.pop(session.token, None):
+                self._take_whole(session, transfer, push)
+            else:
+                self._open_window(session, transfer)
+
+    def drop(self, session: Session) -> None:
+        """Forget the session's transfer, and free what it holds."""
+        transfer, session.transfer = session.transfer, None
+        self._whole.pop(session.token, None)
+        if transfer is not None and transfer.slot is not None:
+            self.give(transfer.slot)
+
+    def give(self, slot: Slot) -> None:
+        """A slot is free again."""
+        self._state.hosted.slots.give(slot)
+
+    def decide(self, session: Session, decision: Decision) -> None:
+        """Decide a push without applying it, and say so."""
+        session.decision = decision
+        self._out.count(decision.code)
+        self._decided(session)
+
+    def _start(self, session: Session, begin: Begin) -> Transfer | None:
+        """A new transfer, in line for a slot; None where `begin` is answered already."""
+        if begin.kind == "init":
+            try:
+                return self._initial.begin(session, begin)
+            except PeerError as error:
+                self._out.fault(session.peer, error, session=session, number=begin.number)
+                return None
+        if begin.number <= session.decision.number:
+            if begin.number == session.decision.number and session.answered_connection != session.connection:
+                self._again(session)
+            return None
+        if session.transfer is not None:
+            return None  # it is under way already, and will be answered when it is decided
+        if self._state.stopping:
+            self._grant(session, begin, "refuse", 0, Code.DRAINING, "The server is stopping.")
+            return None
+        if refusal := self.refusal(session):
+            self._refuse(session, begin, refusal)
+            return None
+        shard = self._state.hosted.shard
+        try:
+            intake.check_begin(begin, shard.up, shard.version)
+        except PeerError as error:
+            self._reject(session, begin.number, error)
+            return None
+        session.merged = begin.merged
+        transfer = Transfer(begin, session.connection, self._state.now, received=bytearray(len(shard.up.chunks)))
+        session.transfer = transfer
+        self._waiting.append((session, transfer))
+        return transfer
+
+    def _refuse(self, session: Session, begin: Begin, refusal: PeerError) -> None:
+        """No before a byte has moved: the number stays undecided, except where training is over for good."""
+        if refusal.code == Code.FINISHED:
+            version = self._state.version
+            self.decide(session, Decision(begin.number, "rejected", refusal.code, refusal.sentence, version))
+            return
+        self._out.count(refusal.code)
+        self._grant(session, begin, "refuse", 0, refusal.code, str(refusal))
+
+    def _take_whole(self, session: Session, transfer: Transfer, push: Push) -> None:
+        if self._take(session, transfer, 0, push.payload):
+            self._complete(session, transfer, push.scalars)
+
+    def _take(self, session: Session, transfer: Transfer, index: int, payload: Buffer) -> bool:
+        """Check one chunk into its place; False where it broke a rule and the transfer is over."""
+        shard = self._state.hosted.shard
+        try:
+            if transfer.begin.kind == "init":
+                intake.take_chunk(transfer, self._initial.buffer(), shard.exact, index, payload)
+            else:
+                assert transfer.slot is not None
+                intake.take_chunk(transfer, transfer.slot.update, shard.up, index, payload)
+        except PeerError as error:
+            self._fail(session, transfer, error)
+            return False
+        session.counters.bytes_up += len(payload)
+        return True
+
+    def _complete(self, session: Session, transfer: Transfer, scalars: Scalars) -> None:
+        try:
+            intake.check_complete(transfer)
+        except PeerError as error:
+            self._fail(session, transfer, error)
+            return
+        transfer.scalars = scalars
+        if transfer.begin.kind == "init":
+            self._initial.load(session)
+        else:
+            self._complete_push(session, transfer)
+
+    def _fail(self, session: Session, transfer: Transfer, error: PeerError) -> None:
+        """A transfer broke a rule on its way: nothing of it remains."""
+        if transfer.begin.kind == "init":
+            self._out.fault(session.peer, error, session=session, number=transfer.begin.number)
+            self._initial.give_up(session, back_in_line=False)
+            return
+        self.drop(session)
+        self._reject(session, transfer.begin.number, error)
+
+    def _reject(self, session: Session, number: int, error: PeerError) -> None:
+        now = self._state.now
+        session.counters.rejected += 1
+        self._out.say("warning", f"{session.worker}: update {number} rejected ({error.code}): {error}")
+        self._out.record("reject", worker=session.worker, number=number, code=str(error.code), sentence=str(error))
+        session.rejections.append(now)
+        if sum(now - at < 60.0 for at in session.rejections) >= self._state.settings.rejected_per_minute:
+            session.rejections.clear()
+            session.quarantined_until = now + QUARANTINE_S * 2 ** min(session.quarantines, QUARANTINE_DOUBLINGS)
+            session.quarantines += 1
+        self.decide(session, Decision(number, "rejected", error.code, str(error), self._state.version))
+
+    def _open_window(self, session: Session, transfer: Transfer) -> None:
+        transfer.until = self._state.settings.window_chunks
+        self._grant(session, transfer.begin, "go", transfer.until, "", "")
+
+    def _grant(
+        self,
+        session: Session,
+        begin: Begin,
+        decision: Literal["go", "wait", "refuse"],
+        until: int,
+        code: str,
+        sentence: str,
+    ) -> None:
+        self._out.tell(
+            session, Grant(session.token, session.connection, begin.number, decision, until, str(code), sentence)
+        )

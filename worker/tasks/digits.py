@@ -1,0 +1,120 @@
+"""`digits`: 1797 handwritten digits of 8 x 8 pixels, for a first look. They ship with scikit-learn.
+
+    conv 3x3, 1 -> 16, relu; conv 3x3, 16 -> 32, relu; pool 2; linear 512 -> 10         9,930 parameters
+
+Plain SGD on batches of 32. One pixel in a stratified fifth of the data is never trained on. Every worker goes through
+the whole training set, in an order of its own.
+Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test set of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.errors import ConfigError
+from worker.tasks.base import Context, Evaluation, Task, TaskFamily
+
+CLASSES = 10
+BATCH_SAMPLES = 32
+LR = 0.05
+"""Step size of plain SGD: alone it could be larger, but GEM adds a momentum of 0.9 on top of it."""
+TEST_SHARE = 0.2
+SPLIT_SEED = 0
+"""The split is part of the task: every run is measured on the same digits."""
+
+
+def network() -> nn.Sequential:
+    """(n, 1, 8, 8) float32 pixels, mean 0 and variance 1 -> (n, 10) logits."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, CLASSES),
+    )
+
+
+class Shuffled:
+    """Batches of (x, y), each pass in a new order; two with one seed give the same batches for ever."""
+
+    def __init__(self, x: Tensor, y: Tensor, *, seed: int) -> None:
+        self._x, self._y = x, y
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self._x), generator=self._generator).to(self._x.device)
+        yield from zip(self._x[order].split(BATCH_SAMPLES), self._y[order].split(BATCH_SAMPLES), strict=True)
+
+
+def make(context: Context) -> Task:
+    """The digits for one worker; raises ConfigError where scikit-learn is missing."""
+    pixels, labels = _digits()
+    train, test = _split(labels)
+    mean, std = pixels[train].mean(), pixels[train].std()
+    x, y = ((pixels - mean) / std).to(context.device), labels.to(context.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.model_seed)
+        model = network().to(context.device)
+
+    def evaluate(model: nn.Module) -> Evaluation:
+        return _evaluate(model, x[test], y[test])
+
+    return Task(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        batches=Shuffled(x[train], y[train], seed=context.seed),
+        loss=_loss,
+        evaluate=evaluate,
+    )
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return functional.cross_entropy(model(x), y)
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, x: Tensor, y: Tensor) -> Evaluation:
+    training = model.training
+    model.eval()
+    logits = model(x)
+    model.train(training)
+    right = (logits.argmax(1) == y).float().mean()
+    return Evaluation(float(functional.cross_entropy(logits, y)), float(right), len(x))
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """(1797, 1, 8, 8) float32 pixels from 0 to 16, (1797,) int64 labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ConfigError(
+            "Task 'digits' takes its data from scikit-learn, which is not installed.",
+            fix="Run: pip install 'paramserver[demo]'",
+        ) from None
+    found: Any = load_digits()
+    pixels = torch.from_numpy(found.images).float().unsqueeze(1)
+    return pixels, torch.from_numpy(found.target).long()
+
+
+def _split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions to train on and to test on; of each class the same share."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    train, test = [], []
+    for label in range(CLASSES):
+        positions = (labels == label).nonzero().squeeze(1)
+        positions = positions[torch.randperm(len(positions), generator=generator)]
+        cut = round(TEST_SHARE * len(positions))
+        test.append(positions[:cut])
+        train.append(positions[cut:])
+    return torch.cat(train), torch.cat(test)
+
+
+TASK = TaskFamily("digits", "handwritten digits, 8 x 8 pixels, by a small convolutional network", make)
