@@ -1,6 +1,6 @@
 """What benchmarks share: competitors in processes of their own, measured in turn; the table, the JSON, the picture.
 
-    case   one competitor at one size     open() -> Competitor(round, verify)
+    case   one competitor at one size     open() -> Competitor(ready, round, verify)
     round  one measured exchange          A B C  A B C  A B C ...
 
 Laws
@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -64,8 +64,12 @@ class Benchmark(NamedTuple):
 
 
 class Competitor(NamedTuple):
-    """A case that is open. round() -> seconds of one exchange; verify() raises unless all rounds did what they should."""
+    """A case that is open, its processes starting.
 
+    ready() waits until they have; round() -> seconds of one exchange; verify() raises unless all rounds did their work.
+    """
+
+    ready: Callable[[], None]
     round: Callable[[], float]
     verify: Callable[[], None]
 
@@ -120,6 +124,8 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     seconds: list[list[float]] = [[] for _ in cases]
     with ExitStack() as stack:
         competitors = [stack.enter_context(case.open()) for case in cases]
+        for competitor in competitors:
+            competitor.ready()
         for turn in range(warmup + rounds):
             for taken, competitor in zip(seconds, competitors, strict=True):
                 spent = competitor.round()
@@ -279,9 +285,14 @@ class Child:
             raise BenchmarkError(f"{self._name} failed:\n{failure}")
         return value
 
+    def tell(self, request: str) -> None:
+        """Say something; a child that is gone shows when its answer is missed."""
+        with suppress(BrokenPipeError):
+            self._line.send(request)
+
     def ask(self, request: str, limit_s: float) -> Any:
         """The answer to `request`."""
-        self._line.send(request)
+        self.tell(request)
         return self.hear(limit_s)
 
 
@@ -324,14 +335,14 @@ def answer_rounds(
         link.answer(spent)
 
 
-def competitor(of: Child) -> Competitor:
-    """A Competitor whose child runs `answer_rounds` and is ready."""
+def competitor(of: Child, *, first: Callable[[], None] = lambda: None) -> Competitor:
+    """A Competitor whose child runs `answer_rounds`; `first` is what it waits for, such as a server."""
 
-    def verify() -> None:
-        of.ask("verify", ROUND_LIMIT_S)
+    def ready() -> None:
+        first()
+        of.hear(START_LIMIT_S)
 
-    of.hear(START_LIMIT_S)
-    return Competitor(lambda: float(of.ask("round", ROUND_LIMIT_S)), verify)
+    return Competitor(ready, lambda: float(of.ask("round", ROUND_LIMIT_S)), lambda: of.ask("verify", ROUND_LIMIT_S))
 
 
 def _run(line: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -87,10 +87,9 @@ def cases(size_mb: int) -> list[Case]:
 def _paramserver(transport: str, elements: int) -> Iterator[Competitor]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         bind = f"ipc://{folder}/server" if transport == "ipc" else "tcp://127.0.0.1:*"
-        with child(f"paramserver {transport} server", _serve, bind) as server:
-            address = server.hear(harness.START_LIMIT_S)
-            with child(f"paramserver {transport} worker", _work, address, elements) as worker:
-                yield competitor(worker)
+        name = f"paramserver {transport}"
+        with child(f"{name} server", _serve, bind) as server, child(f"{name} worker", _work, elements) as worker:
+            yield competitor(worker, first=lambda: worker.tell(server.hear(harness.START_LIMIT_S)))
 
 
 def _serve(link: Link, bind: str) -> None:
@@ -103,7 +102,8 @@ def _serve(link: Link, bind: str) -> None:
     Daemon(settings, announce, link.answer).run()
 
 
-def _work(link: Link, address: str, elements: int) -> None:
+def _work(link: Link, elements: int) -> None:
+    address = next(link.requests())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     layout = Layout((Tensor("weight", (1, elements), "float32", "parameter"),))
     core = WorkerCore(name="benchmark", library=LIBRARY, layout=layout, optimizer=Optimizer("SGD", 0.1, 0.0, 1))

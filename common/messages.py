@@ -60,6 +60,8 @@ class Hello:
     """First word of a connection. `payload`: the layout (`Layout.describe`), so that a mismatch can be named."""
 
     library: str
+    instance: str
+    """Drawn when the worker starts: tells a repeated Hello from a second worker of the same name."""
     role: Literal["worker", "observer"]
     """An observer pulls the center to evaluate it; it never pushes and is no member."""
     worker: str

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 from common.messages import Buffer
 
-
 # Events: what happened
 
 

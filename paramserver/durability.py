@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.buffers import zeros
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
@@ -109,7 +110,7 @@ class Durability:
         def start() -> Work:
             sources.update(self._arrays())
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.size == sources[name].size}
-            self._shadow = {name: kept.get(name, np.empty_like(source)) for name, source in sources.items()}
+            self._shadow = {name: kept[name] if name in kept else zeros(source.size, np.float32) for name, source in sources.items()}
             shard = self._state.hosted.shard
             return shard.copy_work(list(sources.values()), [self._shadow[name] for name in sources])
 

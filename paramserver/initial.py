@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from common.buffers import zeros
 from common.codecs.base import U8
 from common.errors import Code, PeerError
 from common.messages import Ack, Begin, Version
@@ -92,7 +93,7 @@ class InitialWeights:
             raise PeerError(Code.UNEXPECTED, "These initial weights were not asked for.")
         shard = self._state.hosted.shard
         intake.check_begin(begin, shard.exact, Version(self._state.epoch, 0))
-        self._data = np.zeros(shard.exact.bytes, np.uint8)
+        self._data = zeros(shard.exact.bytes, np.uint8)
         session.transfer = Transfer(
             begin, session.connection, self._state.now, received=bytearray(len(shard.exact.chunks))
         )

@@ -134,6 +134,9 @@ class Joining:
 
     def _known(self, hello: Hello) -> Session | None:
         """The session a worker comes back to; None where it is gone or there never was one."""
+        for session in self._state.sessions.values():
+            if session.live and session.instance == hello.instance:
+                return session  # its first Welcome was too slow, or got lost
         if hello.resume is None:
             return None
         if not self._state.initialised and not self._state.settings.adopt:
@@ -142,9 +145,7 @@ class Joining:
                 "This server has no weights, but the worker has trained before: the server lost its state.",
                 fix="Restore its directory, or start it with --adopt to let this worker's weights refill it.",
             )
-        session = self._state.sessions.get(hello.resume.session)
-        same = session is not None and session.worker.split(SUFFIX)[0] == hello.worker.split(SUFFIX)[0]
-        return session if same else None
+        return self._state.sessions.get(hello.resume.session)
 
     def _reconnect(self, session: Session, peer: bytes) -> None:
         """A new connection of a known session: what the old one had under way is freed."""
@@ -182,6 +183,7 @@ class Joining:
             )
         session = Session(
             token=self._token(),
+            instance=hello.instance,
             worker=self._free_name(hello.worker or "worker"),
             role=hello.role,
             peer=peer,
@@ -192,6 +194,8 @@ class Joining:
             last_progress=state.now,
         )
         state.sessions[session.token] = session
+        if state.model is not None:
+            state.model.slots.grow(len(state.members))
         return session
 
     def _name_taken(self, name: str) -> bool:

@@ -83,6 +83,8 @@ class Session:
     """One worker (or observer) as the server knows it."""
 
     token: str
+    instance: str
+    """Drawn by the worker when it starts: tells a repeated Hello from a second worker."""
     worker: str
     role: Literal["worker", "observer"]
     peer: bytes
@@ -155,6 +157,7 @@ class Session:
         d = self.decision
         return {
             "token": self.token,
+            "instance": self.instance,
             "worker": self.worker,
             "connection": self.connection,
             "number": d.number,
@@ -175,6 +178,7 @@ class Session:
         """The session of a checkpoint; its lease starts anew, because it was the server that was away."""
         session = cls(
             token=record["token"],
+            instance=record["instance"],
             worker=record["worker"],
             role="worker",
             peer=b"",

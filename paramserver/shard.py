@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import CodecError
@@ -44,7 +45,7 @@ class Shard:
         self.config = config
         self.overlap = overlap
         self.version = Version(epoch, 0)
-        self.center = np.zeros(layout.elements, np.float32)
+        self.center = zeros(layout.elements, np.float32)
         self.state: Arrays = rule.state(config, overlap, layout.parameters, np.float32)
         self.decisions: Any = None
         self.up: Plan = plan(layout, codec)

@@ -3,7 +3,8 @@
 Laws
 * A slot is room for one exchange: the update going up and the reply coming down. It is taken before the first byte
   moves and given back when the last byte of the reply has left; so a granted push never waits for a buffer.
-* All slots exist from the start and were written to once: no allocation and no page fault on the path of an exchange.
+* The bound stands from the start; slots are made as workers join, and written to once: no allocation and no page
+  fault on the path of an exchange.
 * A slot has exactly one owner. Giving one back twice is a defect and raises.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.buffers import zeros
 from common.codecs.base import U8
 from common.errors import ConfigError
 
@@ -27,23 +29,28 @@ class Slot:
 
 
 class Slots:
-    """`count` slots of `update_bytes + reply_bytes` each."""
+    """At most `limit` slots of `update_bytes + reply_bytes` each."""
 
-    def __init__(self, count: int, update_bytes: int, reply_bytes: int) -> None:
-        self.count = count
-        self.slot_bytes = update_bytes + reply_bytes
-        self._free = [
-            Slot(index, np.full(update_bytes, 0, np.uint8), np.full(reply_bytes, 0, np.uint8)) for index in range(count)
-        ]
+    def __init__(self, limit: int, update_bytes: int, reply_bytes: int) -> None:
+        self.limit = limit
+        self._update_bytes = update_bytes
+        self._reply_bytes = reply_bytes
+        self._free: list[Slot] = []
         self._taken: set[int] = set()
 
     def __repr__(self) -> str:
-        return f"<Slots {len(self._taken)} of {self.count} taken, {self.bytes / 2**20:.0f} MiB>"
+        return f"<Slots {len(self._taken)} of {self.count} taken, at most {self.limit}>"
 
     @property
-    def bytes(self) -> int:
-        """Memory of the whole pool."""
-        return self.count * self.slot_bytes
+    def count(self) -> int:
+        """Slots made so far."""
+        return len(self._free) + len(self._taken)
+
+    def grow(self, workers: int) -> None:
+        """Make slots until each of so many workers can have one, within the limit."""
+        while self.count < min(workers, self.limit):
+            update, reply = zeros(self._update_bytes, np.uint8), zeros(self._reply_bytes, np.uint8)
+            self._free.append(Slot(self.count, update, reply))
 
     @property
     def taken(self) -> int:
@@ -65,7 +72,7 @@ class Slots:
 
     def validate(self) -> None:
         """Every slot is either free or taken."""
-        assert len(self._free) + len(self._taken) == self.count, repr(self)
+        assert self.count <= self.limit, repr(self)
         assert not self._taken & {slot.index for slot in self._free}, repr(self)
 
 

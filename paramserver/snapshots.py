@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.buffers import zeros
 from common.codecs.base import U8
 from common.messages import NOWHERE, Version
 
@@ -31,7 +32,7 @@ class Snapshots:
     """The two buffers and which of them is current."""
 
     def __init__(self, reply_bytes: int) -> None:
-        self._buffers = [Snapshot(np.full(reply_bytes, 0, np.uint8)) for _ in range(BUFFERS)]
+        self._buffers = [Snapshot(zeros(reply_bytes, np.uint8)) for _ in range(BUFFERS)]
         self.current: Snapshot | None = None
 
     @property

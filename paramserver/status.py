@@ -70,7 +70,7 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "refusals": dict(core.out.refusals),
         "drained_messages": core.drained + core.uplink.drained,
         "memory_bytes": memory.plan(core.settings, shard.layout).total(len(core.members)) if shard else 0,
-        "slots": {"count": slots.count, "taken": slots.taken} if slots else {"count": 0, "taken": 0},
+        "slots": {"limit": slots.limit, "taken": slots.taken} if slots else {"limit": 0, "taken": 0},
     }
 
 

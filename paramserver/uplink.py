@@ -71,7 +71,7 @@ class Uplink:
             return
         self.give_slots()
         if transfer.slot is None:
-            sentence = f"All {self._state.hosted.slots.count} transfer slots are taken; they are given in order."
+            sentence = f"All {self._state.hosted.slots.limit} transfer slots are taken; they are given in order."
             self._grant(session, begin, "wait", 0, Code.BUSY, sentence)
 
     def chunk(self, session: Session, chunk: Chunk) -> None:

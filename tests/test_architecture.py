@@ -36,13 +36,13 @@ PURE = (
 )
 # Those above must exist. These may be cut anew, and a module whose first line ends in "Pure." is pure without a list.
 PURE_WHERE_PRESENT = (
-    *(f"common.{name}" for name in ("chunks", "kernels")),
+    *(f"common.{name}" for name in ("buffers", "chunks", "kernels")),
     *(f"paramserver.{name}" for name in ("budget", "downlink", "intake", "order", "slots", "snapshots")),
 )
 PURE_PACKAGES = ("common.rules", "common.codecs")
 IMPURE = {"asyncio", "zmq", "socket", "threading", "time", "random", "os", "logging"}
 
-HELPERS_OF_ALGORITHMS = {"common.discovery", "common.errors", "common.kernels"}  # what a `base` may lean on
+HELPERS_OF_ALGORITHMS = {"common.buffers", "common.discovery", "common.errors", "common.kernels"}  # what a `base` may lean on
 RULE_HELPERS = {"common.rules.base", "common.rules.rounds"}
 CODEC_HELPERS = {"common.codecs.base"}
 

@@ -12,7 +12,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -201,6 +201,7 @@ class WorkerCore:
         self,
         *,
         name: str,
+        instance: str,
         library: str,
         layout: Layout | None,
         optimizer: Optimizer | None,
@@ -211,6 +212,7 @@ class WorkerCore:
         self.finished = False
         self.membership = Membership(worker=name)
         self._name = name
+        self._instance = instance
         self._library = library
         self._layout = layout
         self._optimizer = optimizer
@@ -310,6 +312,7 @@ class WorkerCore:
         self._send(
             Hello(
                 library=self._library,
+                instance=self._instance,
                 role=self.role,
                 worker=self._name,
                 fingerprint=layout.fingerprint if layout else "",
@@ -520,7 +523,7 @@ class WorkerCore:
             return
         self._wanted.remove(download.purpose)
         if download.purpose == "anchor":
-            m.anchored = True
+            m.anchored = m.trained = True
             m.merged = download.reply.id
         self._deliver(Fetched(download.purpose, version, download.data))
         if download.purpose == "anchor" and self._upload is not None:

@@ -29,6 +29,7 @@ from worker import tasks, trainer
 from worker.tasks import Context, Task
 from worker.trainer import Exchanges
 
+
 class Stepped(Protocol):
     """Where the steps of a loop go: a `Session`, or `Alone`."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from common import transports, wire
+from common.buffers import zeros
 from common.errors import NetworkError, Refused
 from common.layout import Binding, Layout
 from common.messages import Answer, Fault, Query, Version
@@ -55,8 +57,8 @@ class Observer:
         self._address = address
         self._layout = Layout.of(model)
         self._binding = Binding(model, self._layout)
-        self._flat = np.zeros(self._layout.elements, np.float32)
-        self._core = WorkerCore(name=name, library=LIBRARY, layout=self._layout, optimizer=None, role="observer")
+        self._flat = zeros(self._layout.elements, np.float32)
+        self._core = WorkerCore(name=name, instance=secrets.token_hex(8), library=LIBRARY, layout=self._layout, optimizer=None, role="observer")
         self._driver = Driver(self._core, address)
         self._left = False
         self.finished = False

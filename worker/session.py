@@ -69,6 +69,8 @@ class Membership:
     """Last reply merged."""
     anchored: bool = False
     """Whether the server knows what center this worker goes on from."""
+    trained: bool = False
+    """Whether it ever was given a center: from then on it has something to lose."""
     known: Version = field(default=NOWHERE)
     """Highest version heard of."""
 
@@ -76,7 +78,7 @@ class Membership:
         return f"<Membership {self.worker or 'nobody'}, connection {self.connection}, last number {self.last_number}>"
 
     def resume(self) -> Resume | None:
-        """What to remind the server of; None before the first Welcome."""
-        if not self.token:
+        """What to remind the server of; None before there is anything."""
+        if not self.trained:
             return None
         return Resume(self.token, self.last_number, self.last_applied, self.merged)

@@ -19,6 +19,7 @@ import copy
 import logging
 import math
 import os
+import secrets
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from common import rules
+from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
@@ -123,7 +125,7 @@ class Session:
         self._parameters = self._layout.parameters
         elements = self._layout.elements
         # x: the parameters as last gathered; anchor: what the last merge took; spare: the next `x` while one is in flight
-        self._x, self._anchor, self._spare, self._scratch = (np.zeros(elements, np.float32) for _ in range(4))
+        self._x, self._anchor, self._spare, self._scratch = (zeros(elements, np.float32) for _ in range(4))
         self._base: Version = NOWHERE
         self._in_flight: _InFlight | None = None
         self._progress = Progress()
@@ -137,6 +139,7 @@ class Session:
         self.exchanges = Exchanges()
         self._core = WorkerCore(
             name=name or f"{socket.gethostname()}-{os.getpid()}",
+            instance=secrets.token_hex(8),
             library=LIBRARY,
             layout=self._layout,
             optimizer=_facts(optimizer),
@@ -267,7 +270,7 @@ class Session:
         self._average_buffers = settings["buffers"] == "average"
         self._up: Plan = plan(self._layout, str(settings["codec"]))
         self._down: Plan = plan(self._layout, str(settings["reply_codec"]))
-        self._update: U8 = np.zeros(self._up.bytes, np.uint8)
+        self._update: U8 = zeros(self._up.bytes, np.uint8)
         log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
 
     # Exchanges

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
+from common import buffers
 from common.kernels import kernel
 
 __all__ = [
@@ -184,4 +185,4 @@ def no_details(config: Config, stats: Floats) -> dict[str, float]:
 
 def allocate(kind: type[Any], n: int, dtype: DTypeLike) -> Arrays:
     """A named tuple of zero vectors of length n."""
-    return kind(*(np.zeros(n, dtype) for _ in kind._fields))
+    return kind(*(buffers.zeros(n, dtype) for _ in kind._fields))

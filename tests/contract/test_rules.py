@@ -310,7 +310,9 @@ def wrong_values(name: str, alternatives: list[dict[str, Any]]) -> list[tuple[An
         known = [word for one in alternatives for word in one.get("enum", [one.get("const")]) if word is not None]
         return [("no_such_choice", [str(word) for word in known])]
     numeric = [one for one in alternatives if one.get("type") in ("number", "integer")]
-    wrong: list[tuple[Any, list[str]]] = [("neither a number nor a truth", [])]
+    wrong: list[tuple[Any, list[str]]] = []
+    if not any(one.get("type") == "string" for one in alternatives):
+        wrong += [("neither a number nor a truth", [])]
     for one in numeric:
         below, above = one.get("minimum", one.get("exclusiveMinimum")), one.get("maximum", one.get("exclusiveMaximum"))
         assert below is not None, f"{name} has no lower bound"

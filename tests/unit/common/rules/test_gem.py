@@ -268,19 +268,22 @@ def test_paper_variant_diverges_under_random_arrival_and_the_default_does_not() 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("variant", ["reference", "paper", "self_excluded"])
 def test_weight_scales_what_the_center_moves_by_and_no_momentum(variant: str, overlap: bool) -> None:
-    """u is linear in the weight; m and the s of the published variants do not know it."""
+    """u is linear in the weight, in the figures too; m and the s of the published variants do not know it."""
     random = np.random.default_rng(13)
     center, m, d = (random.normal(size=9) for _ in range(3))
     ends = []
     for weight in (1.0, 0.25):
         server = served(center * 0, overlap=overlap, variant=variant)
         server.center[:], server.sessions["w0"].m[:] = center, m
-        GEM.apply(server.config, server.center, (), server.sessions["w0"], d, weight, np.zeros(GEM.stats_width))
+        server.stats = np.zeros((1, GEM.stats_width))
+        GEM.apply(server.config, server.center, (), server.sessions["w0"], d, weight, server.stats[0])
         ends.append(server)
     whole, quarter = ends
     close(quarter.center - center, 0.25 * (whole.center - center))
     close(quarter.sessions["w0"].m, 0.9 * m + d)
     close(quarter.sessions["w0"].s, quarter.center if variant == "self_excluded" else center)
+    close(quarter.details()["pi_mean"], 0.25 * whole.details()["pi_mean"])
+    close(quarter.details()["energy_ratio"], (quarter.center**2).sum() / (quarter.sessions["w0"].m ** 2).sum())
 
 
 # One worker alone with `self_excluded` is momentum SGD.

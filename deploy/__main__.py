@@ -1,0 +1,5 @@
+"""`python -m deploy` is `paramserver`."""
+
+from deploy.cli import main
+
+main()

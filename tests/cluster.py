@@ -1,0 +1,324 @@
+"""A cluster in memory and in virtual time: the real cores, a link between each pair, and faults drawn from one seed.
+
+    cluster = Cluster(seed=7, faults=Faults(loss=0.1))
+    cluster.run()
+    check_counting(cluster)
+
+The model is the counting model: update s of worker w adds 1 to slot (w, s) and 1 to every element of a guard tensor.
+
+Laws
+* One seed, one run: everything random is drawn from it, and nothing reads a clock.
+* Cores meet only as encoded frames, copied when sent. Whatever a core sends, the wire can read.
+* A buffer under a hold, and the arrays of a Save, must not change until they are given back: that is checked here.
+* A job's blocks run in scrambled ranges, some when the job starts and some when it ends.
+* `validate` of a core runs after each of its events; a core that asks for Ticks without end is caught.
+
+A trainer keeps to the contract of `worker.core`, as `worker.trainer` does, and remembers all it was told; the oracle
+compares that with the center. Left out: sockets, threads, files, and everything that needs torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import wire
+from common.codecs.base import BLOCK_ELEMENTS, F32, U8
+from common.config import ServerSettings
+from common.layout import Layout, Tensor
+from common.messages import NOWHERE, Ack, Buffer, Scalars, Version, Welcome
+from common.node import JobDone, Received, Released, Run, Send, Tick, Unsendable
+from common.transports.base import SERVER
+from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
+from worker import core as worker
+from worker.core import WorkerCore
+
+TICKS_AT_ONCE = 1000
+"""So many Ticks in a row that were due at once are a core that turns without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong. Shares are of messages, times are means in seconds; None: never."""
+
+    delay_s: float = 0.005
+    loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    """Share of messages that others of the same connection may overtake, which no real transport lets happen."""
+    cut_every_s: float | None = None
+    crash_worker_every_s: float | None = None
+    crash_server_every_s: float | None = None
+    failed_saves: float = 0.0
+
+
+class Counting:
+    """The counting model as a layout, and where its parts lie in the vector."""
+
+    def __init__(self, rows: int, updates: int, guard: int) -> None:
+        tensors = [
+            Tensor("slots", (rows, updates), "float32", "parameter"),
+            Tensor("guard", (guard,), "float32", "parameter"),
+            Tensor("mean", (3,), "float32", "buffer"),
+            Tensor("batches", (), "int64", "local"),
+        ]
+        self.layout = Layout(tuple(tensors))
+        self.shape = (rows, updates)
+        self.slots = slice(0, rows * updates)
+        self.guard = slice(rows * updates, rows * updates + guard)
+
+    def update(self, row: int, s: int) -> F32:
+        """(elements,) what update s of worker `row` adds; its buffers hold the row."""
+        d = np.zeros(self.layout.elements, np.float32)
+        d[row * self.shape[1] + s] = 1.0
+        d[self.guard] = 1.0
+        d[self.layout.parameters :] = row
+        return d
+
+    def set_slots(self, center: F32) -> F32:
+        """(rows, updates) the slots, after checking that they and the guard agree."""
+        slots = center[self.slots].reshape(self.shape)
+        assert np.isin(slots, (0.0, 1.0)).all(), "a slot was counted twice"
+        assert (center[self.guard] == slots.sum()).all(), "the guard is torn, or does not count the slots"
+        return slots
+
+
+@dataclass(slots=True)
+class Link:
+    """One connection: made by a dial, never used again after it broke."""
+
+    peer: bytes
+    trainer: Trainer
+    open: bool = True
+    last: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+
+
+class Trainer:
+    """One worker's training loop as a script, its core, and what it was told."""
+
+    def __init__(self, cluster: Cluster, row: int) -> None:
+        self.cluster, self.row = cluster, row
+        self.core = WorkerCore(name=f"w{row}", library="test", layout=cluster.model.layout, optimizer=None)
+        self.link = cluster.dialled(self)
+        self.away, self.reanchoring, self.finished, self.dead = False, True, False, False
+        self.in_flight: int | None = None
+        self.again: deque[int] = deque()
+        self.next = 0
+        self.numbers: dict[tuple[str, int], int] = {}
+        """(session, number) -> s."""
+        self.applied: dict[int, Version] = {}
+        self.versions: dict[tuple[str, int], Version] = {}
+        """(session, number) -> version of the update, as acked."""
+        self.rejected: dict[int, str] = {}
+        self.unknown: set[int] = set()
+        self.reported: set[int] = set()
+        """Lost in a crash, and told so."""
+        self.seen = self.durable = NOWHERE
+        self.failed: Any = None
+
+    def __repr__(self) -> str:
+        state = "away" if self.away else "reanchoring" if self.reanchoring else f"pushing {self.in_flight}"
+        return f"<w{self.row} {state}, {len(self.applied)} applied, {len(self.rejected)} rejected, {self.core!r}>"
+
+    @property
+    def done(self) -> bool:
+        """Whether every update was settled, or this trainer ended."""
+        left = self.again or self.in_flight is not None or self.next < self.cluster.model.shape[1]
+        return self.dead or self.finished or not left
+
+    def train(self) -> None:
+        """A few local steps, then push where that makes sense."""
+        if self.dead or self.failed or self.finished:
+            return
+        self.cluster.after(self.cluster.random.expovariate(1 / self.cluster.train_s), self.train)
+        if self.away or self.reanchoring or self.in_flight is not None or self.done:
+            return
+        s = self.again.popleft() if self.again else self.next
+        self.next = max(self.next, s + 1)
+        self.in_flight = s
+        model, plan = self.cluster.model, self.core.plan("fp32")
+        data = np.zeros(plan.bytes, np.uint8)
+        plan.encode(model.update(self.row, s), data)
+        self.cluster.work(self, worker.PushWanted(data, Scalars(0.5, 8, 1, 0.1), self.seen))
+        self.numbers[self.core.membership.token, self.core.membership.last_number] = s
+
+    def hears(self, frames: Sequence[Buffer]) -> None:
+        """Note what the wire tells and the core keeps to itself."""
+        match wire.decode(frames):
+            case Ack(outcome="applied", number=number) as ack if number:
+                self.versions[ack.session, number] = ack.version
+                self.durable = max(self.durable, ack.durable)
+            case Welcome() as welcome:
+                here = self.core.membership.token, self.core.membership.connection
+                if (welcome.session, welcome.connection) != here:
+                    self.welcomed(welcome)
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """What a crash undid is what the server says it undid; where the session is gone too, all of it."""
+        undone = {s for s, version in self.applied.items() if not self.cluster.survives(version)} - self.reported
+        if welcome.lost:
+            numbers = range(welcome.lost[0], welcome.lost[1] + 1)
+            told = {self.numbers[welcome.session, n] for n in numbers if (welcome.session, n) in self.numbers}
+            assert told & self.applied.keys() - self.reported == undone, f"{self} lost {undone}, was told {told}"
+        else:
+            assert not undone or welcome.resumed == "new", f"{self} lost {undone} and was not told"
+        self.reported |= undone
+
+    def take(self, news: Any) -> None:
+        """React to the core's news."""
+        match news:
+            case worker.NeedWeights():
+                plan = self.core.plan(worker.LOSSLESS)
+                zeros = np.zeros(plan.bytes, np.uint8)
+                self.cluster.after(0.0, partial(self.cluster.work, self, worker.InitialWeights(zeros)))
+            case worker.Settled(number=number, outcome=outcome, code=code, base=base, data=data):
+                s = self.numbers[self.core.membership.token, number]
+                assert s == self.in_flight, f"{self} was told of update {s}"
+                self.in_flight = None
+                if outcome == "applied":
+                    self.applied[s] = self.versions[self.core.membership.token, number]
+                    self.merge(base, data)
+                else:
+                    self.rejected[s] = code
+                    self.reanchoring = True
+                    self.cluster.after(0.0, partial(self.cluster.work, self, worker.PullWanted("anchor")))
+            case worker.Orphaned(pushed=pushed):
+                assert self.in_flight is not None
+                self.unknown.add(self.in_flight) if pushed else self.again.append(self.in_flight)
+                self.in_flight, self.reanchoring = None, True
+            case worker.Fetched(base=base, data=data):
+                self.reanchoring = False
+                self.merge(base, data)
+            case worker.Away():
+                self.away = True
+            case worker.Back():
+                self.away = False
+            case worker.Finished():
+                self.finished = True
+            case worker.Failed(error):
+                self.failed = error
+
+    def merge(self, base: Version, data: U8 | None) -> None:
+        """Whatever is pulled is one version, and it never goes back."""
+        assert base >= self.seen, f"{self} saw {self.seen} and was then given {base}"
+        self.seen = base
+        if data is not None:
+            center = np.full(self.cluster.model.layout.elements, np.nan, np.float32)
+            self.core.plan("fp32").decode(data, center)
+            assert self.cluster.model.set_slots(center).sum() == base.version, f"not the center of {base}"
+
+
+class Cluster:
+    """One server, some workers, a disk, and time."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        workers: int = 3,
+        updates: int = 12,
+        guard: int = 40,
+        faults: Faults = Faults(),  # noqa: B008 (frozen)
+        job_s: float = 0.002,
+        train_s: float = 0.05,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.seed, self.faults, self.job_s, self.train_s = seed, faults, job_s, train_s
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.model = Counting(4 * workers, updates, guard)
+        defaults = {"directory": Path("unused"), "checkpoint_interval_s": 1.0, "lease_s": 6.0, "init_timeout_s": 2.0}
+        self.settings = ServerSettings.model_validate(defaults | (settings or {}))
+        self.disk: Save | None = None
+        self.recoveries: dict[int, Version] = {}
+        """Epoch -> the version it was recovered from."""
+        self.links: dict[bytes, Link] = {}
+        self.exited = False
+        self.crashes = 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count(1)
+        self._life = 0
+        self._ticks: dict[int, tuple[float, int]] = {}
+        self.server: ServerCore | None = None
+        self.start_server(epoch=1)
+        self.trainers: list[Trainer] = []
+        for _ in range(workers):
+            self.add_worker()
+        for every_s, fault in (
+            (faults.cut_every_s, self.cut_one),
+            (faults.crash_worker_every_s, self.crash_worker),
+            (faults.crash_server_every_s, self.crash_server),
+        ):
+            if every_s is not None:
+                self._again_and_again(every_s, fault)
+
+    # Time
+
+    def after(self, delay_s: float, act: Callable[[], None]) -> None:
+        """Do `act` in so many seconds."""
+        heapq.heappush(self._events, (self.now + delay_s, next(self._count), act))
+
+    def step(self) -> None:
+        """The next thing happens."""
+        self.now, _, act = heapq.heappop(self._events)
+        act()
+
+    def run_for(self, seconds: float) -> None:
+        """Let so much time pass."""
+        end = self.now + seconds
+        while self._events and self._events[0][0] <= end:
+            self.step()
+        self.now = end
+
+    def run(self, limit_s: float = 300.0) -> None:
+        """Run until every trainer is done; raises AssertionError that says who is not, after `limit_s`."""
+        end = self.now + limit_s
+        while not self.all_done and self.now < end:
+            self.step()
+        assert self.all_done, f"not done after {limit_s:g} s: {self.trainers}, {self.server!r}"
+
+    @property
+    def all_done(self) -> bool:
+        """Nobody has anything to push, and the server is up."""
+        for trainer in self.trainers:
+            assert trainer.failed is None, f"{trainer} was refused: {trainer.failed}"
+        return self.server is not None and all(trainer.done for trainer in self.trainers)
+
+    def _again_and_again(self, every_s: float, fault: Callable[[], None]) -> None:
+        def happen() -> None:
+            if not self.all_done:
+                fault()
+                self.after(self.random.expovariate(1 / every_s), happen)
+
+        self.after(self.random.expovariate(1 / every_s), happen)
+
+    def _tick_later(self, core: ServerCore | WorkerCore, tick: Callable[[], None]) -> None:
+        """Wake the core at its deadline; a later deadline replaces an earlier one."""
+        at, turns = core.deadline(), 0
+        if at is None:
+            return
+        if at <= self.now:
+            when, turns = self._ticks.get(id(core), (self.now, 0))
+            turns = turns + 1 if when == self.now else 0
+            assert turns < TICKS_AT_ONCE, f"{core!r} wants Ticks without end"
+        at = max(at, self.now)
+        mine = (at, turns)
+        self._ticks[id(core)] = (self.now, turns)
+
+        def wake() -> None:
+            if wake is core_wake.get(id(core)):
+                tick()
+
+        core_wake = self.__dict__.setdefault("_wakes", {})
+        core_wake[id(core)] = wake
+        self.after(mine[0] - self.now, wake)
