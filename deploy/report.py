@@ -351,20 +351,18 @@ def _plain(value: Any) -> Any:
 def page(report: Mapping[str, Any]) -> str:
     """`report.html` for the figures of one run, as `report.json` holds them."""
     names = [row["name"] for row in report["workers"]]
-    title = " · ".join(str(report[key]) for key in ("task", "rule") if report.get(key)) or "training run"
-    facts = [title, _counted(len(names), "worker")]
-    if report["started"] is not None:
-        facts.append(datetime.fromtimestamp(report["started"], UTC).strftime("%Y-%m-%d %H:%M UTC"))
     colors = {name: f"c{i}" if len(names) <= COLORS else "many" for i, name in enumerate(names)}
+    title = " · ".join(str(report[key]) for key in ("task", "rule") if report.get(key)) or "training run"
+    day = f" · {datetime.fromtimestamp(report['started'], UTC):%Y-%m-%d %H:%M} UTC" if report["started"] else ""
     return PAGE.substitute(
-        title=_e(f"Run report: {title}"),
-        facts=" · ".join(map(_e, facts)),
+        style=STYLE,
+        title=_e(title),
+        facts=_e(f"{title} · {len(names)} {'worker' if len(names) == 1 else 'workers'}{day}"),
         result=_e(_result(report)),
         notice=_notice(report),
-        style=STYLE,
         tiles="".join(_tile(*tile) for tile in _tiles(report)),
         charts="".join(_charts(report, colors)),
-        lags=_lags(report, colors),
+        lags=_lags(report["lag"]["workers"], colors),
         workers=_workers(report, colors),
         events=_events(report["events"]),
         settings=_settings(report["settings"]),
@@ -374,29 +372,28 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _e(value: Any) -> str:
-    """Any value as text of the page; the one way in for what we did not write ourselves."""
-    return escape("–" if value is None or value == "" else str(value), quote=True)
+    """A value as text of the page: the one way in for what we did not write ourselves."""
+    return escape("–" if value is None or value == "" else str(value))
 
 
 def _result(report: Mapping[str, Any]) -> str:
     spent = f"after {_count(report['updates'])} updates in {_duration(report['seconds'])}"
-    for unit, form in (("accuracy", _percent), ("loss", "{:.4g}".format)):
-        reached, alone = (_number(report.get(f"{who}_{unit}")) for who in ("center", "solo"))
+    for unit, words, form in (("accuracy", "", _percent), ("loss", "a test loss of ", _short)):
+        reached, alone = report.get(f"center_{unit}"), report.get(f"solo_{unit}")
         if reached is not None:
-            of = "" if unit == "accuracy" else "a test loss of "
             versus = f"; one worker alone {form(alone)}" if alone is not None else ""
-            return f"Center reached {of}{form(reached)} {spent}{versus}."
+            return f"Center reached {words}{form(reached)} {spent}{versus}."
     return f"The run ended {spent}."
 
 
 def _notice(report: Mapping[str, Any]) -> str:
     """A sentence where the run did not end well."""
-    diverged = [event["text"] for event in _all_events(report["events"]) if event["kind"] == "diverged"]
-    ended = report.get("exit")
+    events, ended = report["events"]["first"] + report["events"]["last"], report.get("exit")
+    diverged = [event["text"] for event in events if event["kind"] == "diverged"]
     if diverged:
         sentence = f"This run diverged: {diverged[0]}."
-    elif ended and not isinstance(ended, Mapping):
-        sentence = f"Ended with exit code {ended}." if isinstance(ended, int) else f"Ended: {ended}"
+    elif ended and isinstance(ended, int | str):
+        sentence = f"Exit: {ended}"
     else:
         return ""
     return f'<p class="notice" role="note">{_e(sentence)}</p>'
@@ -404,178 +401,179 @@ def _notice(report: Mapping[str, Any]) -> str:
 
 def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(name, figure, what to hold it against)."""
-    accuracy, alone = _number(report["center_accuracy"]), _number(report["solo_accuracy"])
+    accuracy, loss, lag = report["center_accuracy"], report["center_loss"], report["lag"]
     if accuracy is not None:
-        better = f"{100 * (accuracy - alone):+.1f} points to one worker alone" if alone is not None else "on test data"
+        alone = report["solo_accuracy"]
+        better = "on test data" if alone is None else f"{100 * (accuracy - alone):+.1f} points to one worker alone"
         yield "Accuracy", _percent(accuracy), better.replace("-", "−")
-    if (loss := _number(report["center_loss"])) is not None:
-        solo = _number(report.get("solo_loss"))
-        yield "Test loss", f"{loss:.3g}", f"one worker alone {solo:.3g}" if solo is not None else "of the center"
+    if loss is not None:
+        alone = report.get("solo_loss")
+        yield "Test loss", _short(loss), "of the center" if alone is None else f"one worker alone {_short(alone)}"
     yield "Samples per second", _count(report["samples_per_s"]), "all workers together"
     yield "Updates", _count(report["updates"]), f"in {_duration(report['seconds'])}"
-    yield "Lag", _plainly(report["lag"]["median"]), f"updates, median; at most {_plainly(report['lag']['max'])}"
+    yield "Lag", _short(lag["median"]), f"updates, median; at most {_short(lag['max'])}"
     yield "Sent", _size(report["bytes_up"] + report["bytes_down"]), f"{_size(report['bytes_up'])} of it up"
     yield "Goodput", _percent(report["goodput"]), f"{_percent(report['stalled_share'])} of the time stalled"
-    yield "Fairness", _plainly(report["fairness"]), "Jain index of updates; 1 is even"
+    yield "Fairness", _short(report["fairness"]), "Jain index of updates; 1 is even"
 
 
 def _tile(name: str, figure: str, note: str) -> str:
-    return f'<div class="tile"><dt>{_e(name)}</dt><dd><b>{_e(figure)}</b><small>{_e(note)}</small></dd></div>'
+    return f"<div><dt>{_e(name)}</dt><dd><b>{_e(figure)}</b><small>{_e(note)}</small></dd></div>"
 
 
 def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[str]:
     curves, center, solo = report["curves"], report["curve"], report["solo_curve"]
+    few = len(colors) <= COLORS
     for x, words in (("time_s", "time"), ("updates", "updates")):
-        lines = [Line(n, _points(curves["workers"].get(n), x), color) for n, color in list(colors.items())[:LINES]]
-        if len(colors) > COLORS:
-            lines = [line._replace(name="") for line in lines]
-            lines.append(Line("all workers", _points(curves["loss"], x), "c0"))
+        traces = list(curves["workers"].items())[:LINES]
+        lines = [Line(name if few else "", _points(trace, x), colors[name]) for name, trace in traces]
+        lines += [] if few else [Line("all workers", _points(curves["loss"], x), "c0")]
         lines.append(Line("center, test data", _samples(center, x, "loss"), "ink"))
-        yield _chart(f"Loss over {words}", "Training loss of the workers, moving average.", lines, x, "log")
-    lines = [
-        Line("one worker alone", _samples(solo, "time_s", "accuracy"), "soft"),
-        Line("center", _samples(center, "time_s", "accuracy"), "ink"),
-    ]
-    level = _number(report["solo_accuracy"])
-    end_s = max((x for x, _ in lines[1].points), default=math.inf)
-    lines[0] = lines[0]._replace(points=[point for point in lines[0].points if point[0] <= end_s])
-    yield _chart("Accuracy over time", "On test data.", lines, "time_s", "percent", level, "one worker alone, at its end")
+        yield _chart(f"Loss over {words}", "Training loss of the workers, moving average.", lines, x, "loss")
+    lines = [Line("center", _samples(center, "time_s", "accuracy"), "ink")]
+    end_s = max((time_s for time_s, _ in lines[0].points), default=0.0)
+    alone = [point for point in _samples(solo, "time_s", "accuracy") if point[0] <= end_s]
+    lines.insert(0, Line("one worker alone", alone, "soft"))
+    level = ("one worker alone, in the end:", report["solo_accuracy"])
+    yield _chart("Accuracy over time", "On test data.", lines, "time_s", "percent", level)
     lines = [Line(way, _points(curve, "time_s"), f"c{i}") for i, (way, curve) in enumerate(curves["bytes"].items())]
-    yield _chart("Bytes sent over time", "Updates up, the center down.", lines, "time_s", "bytes")
-    families = dict.fromkeys(name.partition("_")[0] for name in curves["rule"])
-    for family in families:
-        title, sentence, level = RULE_FIGURES.get(family, (family, "A figure of the rule.", None))
-        members = [name for name in curves["rule"] if name.partition("_")[0] == family]
-        lines = [
-            Line(name.partition("_")[2], _points(curves["rule"][name], "updates"), f"c{i}")
-            for i, name in enumerate(members)
-        ]
-        yield _chart(f"{title} over updates", sentence, lines, "updates", "plain", level, "bound")
+    yield _chart("Bytes sent over time", "Updates go up, the center comes down.", lines, "time_s", "bytes")
+    families: dict[str, list[Line]] = {}
+    for name, curve in curves["rule"].items():
+        family, _, member = name.partition("_")
+        lines = families.setdefault(family, [])
+        lines.append(Line(member or name, _points(curve, "updates"), f"c{len(lines)}"))
+    for family, lines in families.items():
+        title, sentence, bound = RULE_FIGURES.get(family, (family, "A figure of the rule.", None))
+        yield _chart(f"{title} over updates", f"{sentence} Moving average.", lines, "updates", "", ("bound", bound))
 
 
-RULE_FIGURES = {
-    "pi": ("Scale π", "By how much the rule scaled an update, moving average.", None),
-    "energy": ("Energy of the center", "Kinetic energy over its bound: stable up to 1.", 1.0),
-}
-"""First word of a figure of the rule -> title, sentence, and the level to hold it against."""
-
-
-def _lags(report: Mapping[str, Any], colors: Mapping[str, str]) -> str:
-    lags = {name: lag for name, lag in report["lag"]["workers"].items() if lag["histogram"]}
-    if not lags:
+def _lags(lags: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> str:
+    """Small multiples: one histogram per worker, all on the same scales."""
+    shown = {name: lag for name, lag in list(lags.items())[:PANELS] if lag["histogram"]}
+    if not shown:
         return ""
-    names = [name for name in colors if name in lags][:PANELS]
-    largest = max(int(lag) for name in names for lag in lags[name]["histogram"])
-    width = largest // BINS + 1
-    shares = {}
-    for name in names:
-        counts, histogram = [0] * (largest // width + 1), lags[name]["histogram"]
-        for lag, number in histogram.items():
-            counts[int(lag) // width] += number
-        shares[name] = [count / sum(histogram.values()) for count in counts]
-    top = max(max(share) for share in shares.values())
-    panels = "".join(_panel(name, lags[name], shares[name], width, top, colors[name]) for name in names)
+    width = max(int(lag) for found in shown.values() for lag in found["histogram"]) // BINS + 1
+    shares = {name: _shares(lag["histogram"], width) for name, lag in shown.items()}
+    last, top = max(max(share) for share in shares.values()), max(max(share.values()) for share in shares.values())
+    panels = []
+    for name, lag in shown.items():
+        bars, step = [], 100 / (last + 1)
+        for i, share in sorted(shares[name].items()):
+            tall, of = 100 * share / top, f"{i * width}" if width == 1 else f"{i * width} to {(i + 1) * width - 1}"
+            bars.append(f'<rect x="{(i + 0.1) * step:.2f}%" width="{0.8 * step:.2f}%" y="{100 - tall:.2f}%" ')
+            bars.append(f'height="{tall:.2f}%"><title>lag {of}: {_percent(share)} of updates</title></rect>')
+        words = f"median {_short(lag['median'])}, at most {_short(lag['max'])}"
+        panels.append(
+            f"<figure><figcaption><bdi>{_e(name)}</bdi><small>{_e(words)}</small></figcaption>"
+            f'<svg class="bars {colors[name]}" role="img" aria-label="{_e(f"Lag of {name}: {words}")}">{"".join(bars)}'
+            f'</svg><div class="ends" aria-hidden="true"><span>0</span><span>{last * width or ""}</span></div></figure>'
+        )
     more = f" {len(lags) - PANELS} more workers are in report.json." if len(lags) > PANELS else ""
     return (
-        '<section class="card"><h2>Lag</h2><p>Updates of others that the center took between a worker’s pull and its '
-        f"push: how often each lag came, per worker.{more}</p>"
-        f'<div class="panels">{panels}</div></section>'
+        '<section class="card"><h2>Lag</h2><p>Updates that the center took between a worker’s pull and its push: how '
+        f'often each lag came, per worker.{more}</p><div class="panels">{"".join(panels)}</div></section>'
     )
 
 
-def _panel(name: str, lag: Mapping[str, Any], shares: Sequence[float], width: int, top: float, color: str) -> str:
-    step, bars = 100 / len(shares), []
-    for i, share in enumerate(shares):
-        tall = 100 * share / top
-        lags = str(i) if width == 1 else f"{i * width} to {(i + 1) * width - 1}"
-        bars.append(
-            f'<rect x="{i * step + 0.1 * step:.2f}%" y="{100 - tall:.2f}%" width="{0.8 * step:.2f}%" '
-            f'height="{tall:.2f}%"><title>lag {lags}: {_percent(share)} of updates</title></rect>'
-        )
-    words = f"median {_plainly(lag['median'])}, at most {_plainly(lag['max'])}"
-    last = (len(shares) - 1) * width
-    axis = f"<span>0</span><span>{last if last else ''}</span>"
-    return (
-        f'<figure><figcaption><bdi class="name">{_e(name)}</bdi><small>{_e(words)}</small></figcaption>'
-        f'<svg class="bars {color}" role="img" aria-label="{_e(f"Histogram of the lag of {name}: {words}")}">'
-        f'{"".join(bars)}</svg><div class="axis" aria-hidden="true">{axis}</div></figure>'
-    )
+def _shares(histogram: Mapping[str, int], width: int) -> dict[int, float]:
+    counts: Counter[int] = Counter()
+    for lag, number in histogram.items():
+        counts[int(lag) // width] += number
+    return {i: number / counts.total() for i, number in counts.items()}
 
 
 def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> str:
-    heads = "Worker|Updates|Steps|Samples/s|Lag median|Lag max|Up|Down|Refused|Stalled|Hidden".split("|")
     rows = []
     for row in report["workers"][:ROWS]:
-        lag = report["lag"]["workers"].get(row["name"], {})
+        name, lag = row["name"], report["lag"]["workers"].get(row["name"], {})
         cells = [_count(row["updates"]), _count(row["steps"]), _count(row["samples_per_s"])]
-        cells += [_plainly(lag.get("median")), _plainly(lag.get("max"))]
-        cells += [_size(row["bytes_up"]), _size(row["bytes_down"]), _count(row["rejected"])]
-        cells += [_duration(_exchange(row, "stalled_s")), _count(_exchange(row, "hidden"))]
-        dot = f'<i class="dot {colors[row["name"]]}"></i>'
-        head = f'<th scope="row">{dot}<bdi class="name">{_e(row["name"])}</bdi></th>'
+        cells += [_short(lag.get("median")), _short(lag.get("max")), _size(row["bytes_up"]), _size(row["bytes_down"])]
+        cells += [_count(row["rejected"]), _duration(_exchange(row, "stalled_s")), _count(_exchange(row, "hidden"))]
+        head = f'<th scope="row"><i class="{colors[name]}"></i><bdi>{_e(name)}</bdi></th>'
         rows.append(head + "".join(f"<td>{_e(cell)}</td>" for cell in cells))
     more = len(report["workers"]) - ROWS
     after = f"<p>{more} more workers are in report.json.</p>" if more > 0 else ""
+    heads = "Worker|Updates|Steps|Samples/s|Lag, median|Lag, most|Up|Down|Refused|Stalled|Hidden"
     return _table("Workers", heads, rows, "numbers") + after
 
 
 def _events(events: Mapping[str, Any]) -> str:
-    counts = events["counts"]
-    left_out = sum(counts.values()) - len(events["first"]) - len(events["last"])
-    items = [
-        f'<li><time>{_e(_duration(event["time_s"]))}</time><b class="kind {_kind(event["kind"])}">{_e(event["kind"])}</b>'
-        f"<span>{_e(event['text'])}</span></li>"
-        for event in _all_events(events)
-    ]
-    if left_out > 0:
-        items.insert(len(events["first"]), f"<li><time>…</time><span>{_count(left_out)} more, left out here</span></li>")
-    summed = ", ".join(f"{_e(kind)} {_count(number)}" for kind, number in list(counts.items())[:BINS])
-    return (
-        f"<p>{summed or 'The run log tells of none.'}</p>"
-        f'<ol class="events" role="region" aria-label="Events" tabindex="0">{"".join(items)}</ol>'
-    )
-
-
-def _all_events(events: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [*events["first"], *events["last"]]
-
-
-def _kind(kind: str) -> str:
-    return "bad" if kind in {"reject", "fault", "diverged", "checkpoint_failed", "unsendable", "log_lost"} else "good"
+    items = []
+    left_out = sum(events["counts"].values()) - len(events["first"]) - len(events["last"])
+    gap = [{"time_s": None, "kind": "more", "text": f"{_count(left_out)} events are left out here"}] if left_out else []
+    for event in events["first"] + gap + events["last"]:
+        kind = "bad" if event["kind"] in BAD else "fine"
+        items.append(f'<li><time>{_e(_duration(event["time_s"]))}</time><b class="{kind}">{_e(event["kind"])}</b>')
+        items.append(f"<span>{_e(event['text'])}</span></li>")
+    counts = ", ".join(f"{kind} {_count(number)}" for kind, number in list(events["counts"].items())[:BINS])
+    listed = f'<ol role="region" aria-label="Events" tabindex="0">{"".join(items)}</ol>' if items else ""
+    return f"<p>{_e(counts or 'The run log tells of none.')}</p>{listed}"
 
 
 def _settings(settings: Sequence[Mapping[str, Any]]) -> str:
-    def table(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
-        cells = [
-            f'<th scope="row"><code>{_e(row.get("name"))}</code></th><td><code>{_e(_value(row.get("value")))}</code></td>'
-            f"<td>{_e(row.get('origin'))}</td><td>{_e(row.get('description'))}</td>"
-            for row in rows
-        ]
-        return _table(name, ["Setting", "Value", "From", "Meaning"], cells, "words") if cells else ""
+    """Those that somebody chose, and the defaults folded away below them."""
+    chosen, default = [], []
+    for row in settings:
+        cells = (
+            f'<th scope="row"><code>{_e(row.get("name"))}</code></th><td><code>{_e(_value(row.get("value")))}</code>'
+        )
+        cells += f"</td><td>{_e(row.get('origin'))}</td><td>{_e(row.get('description'))}</td>"
+        (default if row.get("origin") == "default" else chosen).append(cells)
+    heads = "Setting|Value|From|Meaning"
+    shown = _table("Chosen settings", heads, chosen, "words") if chosen else "<p>All are at their default.</p>"
+    folded = f"<details><summary>At the default: {len(default)}</summary>"
+    return shown + (f"{folded}{_table('Defaults', heads, default, 'words')}</details>" if default else "")
 
-    chosen = [row for row in settings if row.get("origin") != "default"]
-    rest = [row for row in settings if row.get("origin") == "default"]
-    folded = f"<details><summary>{_counted(len(rest), 'setting')} at the default</summary>{table('Defaults', rest)}</details>"
-    return (table("Chosen settings", chosen) or "<p>None was chosen.</p>") + (folded if rest else "")
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    pairs = (f"<div><dt>{_e(name)}</dt><dd>{_e(_value(value))}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{"".join(pairs)}</dl>' if facts else "<p>Not recorded.</p>"
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _facts(facts: Any) -> str:
-    pairs = facts.items() if isinstance(facts, Mapping) else [("", facts)]
-    items = (f"<div><dt>{_e(name)}</dt><dd>{_e(_value(value))}</dd></div>" for name, value in pairs)
-    return f'<dl class="facts">{"".join(items)}</dl>'
-
-
-def _table(name: str, heads: Sequence[str], rows: Sequence[str], kind: str) -> str:
-    head = "".join(f'<th scope="col">{_e(head)}</th>' for head in heads)
+def _table(name: str, heads: str, rows: Sequence[str], kind: str) -> str:
+    head = "".join(f'<th scope="col">{title}</th>' for title in heads.split("|"))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
-        f'<div class="wide" role="region" aria-label="{_e(name)}" tabindex="0"><table class="{kind}">'
+        f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table class="{kind}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+# Figures as people read them
+
+SCALES: Mapping[str, Sequence[tuple[float, float, str]]] = {
+    "time_s": ((172_800, 86_400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s")),
+    "bytes": ((1e12, 1e12, "TB"), (1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB"), (0, 1, "B")),
+    "updates": ((2e6, 1e6, "M"), (2e4, 1e3, "k"), (0, 1, "")),
+    "percent": ((0, 0.01, "%"),),
+}
+"""Kind of value -> (from what size on, unit, its name); any other kind stands as it is."""
+
+
+def _unit(value: float, kind: str) -> tuple[float, str]:
+    return next(((unit, name) for least, unit, name in SCALES.get(kind, ()) if value >= least), (1, ""))
+
+
+def _scaled(value: float | None, kind: str, form: str) -> str:
+    if value is None:
+        return "–"
+    unit, name = _unit(value, kind)
+    return f"{value / unit:{form}} {name}".strip()
+
+
+_percent = partial(_scaled, kind="percent", form=".1f")
+_duration = partial(_scaled, kind="time_s", form=".1f")
+_size = partial(_scaled, kind="bytes", form=".3g")
+_short = partial(_scaled, kind="", form=".3g")
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
 # Charts: lines in an inline SVG that stretches to any width while its text stays as it is
@@ -589,60 +587,48 @@ class Line(NamedTuple):
     color: str
 
 
-def _points(columns: Mapping[str, list[float]] | None, x: str) -> list[tuple[float, float]]:
-    return list(zip(columns[x], columns["value"], strict=True)) if columns else []
+def _points(columns: Mapping[str, list[float]], x: str) -> list[tuple[float, float]]:
+    return list(zip(columns[x], columns["value"], strict=True))
 
 
 def _samples(curve: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    """Points of the summary's own curve; thinned, and without those where something is missing."""
+    """Points of one of the summary's own curves; thinned, and without those where something is missing."""
     pairs = [(_number(point.get(x)), _number(point.get(y))) for point in curve]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return known[:: len(known) // POINTS + 1] + known[-1:]
 
 
-def _chart(
-    title: str, sentence: str, lines: list[Line], x: str, y: str, level: float | None = None, level_name: str = ""
-) -> str:
-    """A figure with its title, its key and a sentence for those who cannot see it; nothing where nothing is known."""
+def _chart(title: str, sentence: str, lines: list[Line], x: str, y: str, level: tuple[str, Any] = ("", None)) -> str:
+    """A figure with title, key, and words for those who cannot see it; nothing where nothing is known."""
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    xs = [a for line in lines for a, _ in line.points]
-    ys = [b for line in lines for _, b in line.points] + ([level] if level is not None else [])
-    across, up = _axis(xs, x), _axis(ys, y)
-    marks = [
-        f'<line class="grid" x1="0" x2="100%" y1="{y0}%" y2="{y0}%"/><text x="-8" y="{y0}%" dy=".32em" class="y">{_e(text)}</text>'
-        for y0, text in ((_percentage(1 - up.place(tick)), up.label(tick)) for tick in up.ticks)
-    ]
-    marks += [
-        f'<text x="{_percentage(across.place(tick))}%" y="100%" dy="1.5em" class="x">{_e(across.label(tick))}</text>'
-        for tick in across.ticks
-    ]
-    paths = "".join(
-        f'<path class="{line.color}" d="M{"L".join(f"{1000 * across.place(a):.1f} {1000 - 1000 * up.place(b):.1f}" for a, b in line.points)}"/>'
-        for line in lines
-    )
-    over = ""
-    if level is not None:
-        y0 = _percentage(1 - up.place(level))
-        over += (
-            f'<line class="level" x1="0" x2="100%" y1="{y0}%" y2="{y0}%"/>'
-            f'<text class="note" x="100%" y="{y0}%" dy="1.3em">{_e(f"{level_name} {up.label(level)}")}</text>'
-        )
-    last = lines[-1]
-    if last.color == "ink":
-        a, b = last.points[-1]
-        over += f'<circle class="ink" cx="{_percentage(across.place(a))}%" cy="{_percentage(1 - up.place(b))}%" r="4"/>'
+    bounds = [level[1]] if level[1] is not None else []
+    across = _axis([a for line in lines for a, _ in line.points], x)
+    up = _axis([b for line in lines for _, b in line.points] + bounds, y)
     named = [line for line in lines if line.name]
-    key = "".join(f'<li><i class="dot {line.color}"></i><bdi class="name">{_e(line.name)}</bdi></li>' for line in named)
-    spoken = "; ".join(
-        f"{line.name} from {up.label(line.points[0][1])} to {up.label(line.points[-1][1])}" for line in named[-COLORS - 1 :]
-    )
+    key = [f'<li><i class="{line.color}"></i><bdi>{_e(line.name)}</bdi></li>' for line in named]
+    marks, paths, over = [], [], []
+    for tick in up.ticks:
+        marks.append(f'<line x2="100%" y1="{up.down(tick)}" y2="{up.down(tick)}"/>')
+        marks.append(f'<text class="y" x="-8" y="{up.down(tick)}" dy=".32em">{_e(up.label(tick))}</text>')
+    for tick in across.ticks:
+        marks.append(f'<text class="x" x="{across.right(tick)}" y="100%" dy="1.6em">{_e(across.label(tick))}</text>')
+    for line in lines:
+        corners = "L".join(f"{1000 * across.place(a):.1f} {1000 - 1000 * up.place(b):.1f}" for a, b in line.points)
+        paths.append(f'<path class="{line.color}" d="M{corners}"/>')
+    for bound in bounds:
+        over.append(f'<line class="level" x2="100%" y1="{up.down(bound)}" y2="{up.down(bound)}"/>')
+        key.append(f'<li><i class="level"></i>{_e(f"{level[0]} {up.label(bound)}")}</li>')
+    if lines[-1].color == "ink":
+        a, b = lines[-1].points[-1]
+        over.append(f'<circle cx="{across.right(a)}" cy="{up.down(b)}" r="4"/>')
+    spoken = "; ".join(f"{i.name} from {up.label(i.points[0][1])} to {up.label(i.points[-1][1])}" for i in named)
     return (
         f'<figure class="card"><figcaption><h2>{_e(title)}</h2><p>{_e(sentence)}</p></figcaption><div class="plot">'
-        f'<svg role="img" aria-label="{_e(f"{title}: {spoken}")}">{"".join(marks)}'
-        f'<svg class="curves" viewBox="0 0 1000 1000" preserveAspectRatio="none">{paths}</svg>{over}</svg></div>'
-        f'<ul class="key">{key if len(named) > 1 else ""}</ul></figure>'
+        f'<svg role="img" aria-label="{_e(f"{title}: {spoken}")}">{"".join(marks)}<svg class="curves" '
+        f'viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(paths)}</svg>{"".join(over)}</svg></div>'
+        f'<ul class="key">{"".join(key) if len(key) > 1 else ""}</ul></figure>'
     )
 
 
@@ -653,39 +639,120 @@ class Axis(NamedTuple):
     place: Callable[[float], float]
     label: Callable[[float], str]
 
+    def right(self, value: float) -> str:
+        return f"{100 * self.place(value):.2f}%"
+
+    def down(self, value: float) -> str:
+        return f"{100 - 100 * self.place(value):.2f}%"
+
 
 def _axis(values: Sequence[float], kind: str) -> Axis:
+    """The scale of one kind of value: of `SCALES`, `loss` (logarithmic where it spans much), or any other."""
     low, high = min(values), max(values)
-    if kind == "log" and low > 0 and high / low > 20:
-        a, b = math.log10(low / 1.15), math.log10(high * 1.15)
-        steps = (1, 2, 5) if b - a < 2.5 else (1,)
-        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b)) for m in steps if a <= math.log10(m * 10.0**e) <= b]
-        return Axis(ticks, lambda value: (math.log10(value) - a) / (b - a), "{:g}".format)
-    if kind in {"time_s", "updates", "bytes"} or low > 0 and low < 0.4 * high:
-        low = min(low, 0.0)
+    if kind == "loss" and low > 0 and high / low > 20:
+        a, b = math.log10(low / 1.1), math.log10(high * 1.1)
+        steps = (1, 2, 5) if b - a < 3 else (1,)
+        marks = [step * 10.0**power for power in range(math.floor(a), math.ceil(b)) for step in steps]
+        ticks = [mark for mark in marks if a <= math.log10(mark) <= b]
+        return Axis(ticks, lambda value: (math.log10(value) - a) / (b - a), "{:.3g}".format)
+    runs = kind in ("time_s", "updates")
+    if runs or kind == "bytes" or 0 < low < 0.4 * high:
+        low = 0.0
     unit, name = _unit(high, kind)
-    step = _step((high - low) / unit or 1.0) * unit
+    span = (high - low) / unit or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = unit * next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= span / 5 * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    last += last == first
-    ticks = [i * step for i in range(first, last + 1)]
-    bottom, top = ticks[0], ticks[-1]
-    if kind in {"time_s", "updates"}:
-        top = high or top
-        ticks = [tick for tick in ticks if tick <= top]
-    if kind == "percent":
-        return Axis(ticks, lambda value: (value - bottom) / (top - bottom), lambda v: _percent(v).replace(".0", ""))
-    return Axis(ticks, lambda value: (value - bottom) / (top - bottom), lambda value: f"{value / unit:.4g}{name if value else ''}")
+    ticks = [i * step for i in range(first, max(last, first + 1) + 1)]
+    start, end = ticks[0], high if runs and high > ticks[0] else ticks[-1]
+    inside = [tick for tick in ticks if tick <= end]
+    return Axis(
+        inside, lambda value: (value - start) / (end - start), lambda value: f"{value / unit:.4g} {name}".strip()
+    )
 
 
-def _step(span: float) -> float:
-    """1, 2 or 5 times a power of ten: about four to a span."""
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= span / 4 * 0.999)
+STYLE = """
+:root{color-scheme:light dark;--page:#f6f6f3;--card:#fff;--ink:#1c1e22;--soft:#676c75;--line:#e5e5e0;--bad:#b3261e;
+--c0:#2a78d6;--c1:#e06a2b;--c2:#179a6b;--c3:#8557d3;--c4:#c98500;--c5:#d5508a;--c6:#0f8fa8;--c7:#6f8f1d;--many:#8fb2dc}
+@media(prefers-color-scheme:dark){:root{--page:#131416;--card:#1c1d20;--ink:#ededea;--soft:#9da2ab;--line:#303338;
+--bad:#ff8a80;--c0:#5a9ff0;--c1:#f0854a;--c2:#35b886;--c3:#a585ea;--c4:#dba028;--c5:#ea74a6;--c6:#3db4cb;--c7:#9bb84a;
+--many:#41618a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:clamp(20px,5vw,56px) 16px;display:grid;gap:16px;grid-template-columns:100%}
+header{padding:0 4px 12px}
+h1{font-size:clamp(1.45rem,1rem + 2.2vw,2.3rem);line-height:1.2;letter-spacing:-.015em;font-weight:650;margin:.3em 0 0;
+max-width:26em;text-wrap:balance}
+h2{font-size:1rem;font-weight:600;margin:0}
+p{margin:0}header p,figcaption p,.card>p,small,summary,footer{color:var(--soft)}small{font-size:.8rem;display:block}
+.notice{color:var(--bad);margin-top:.8em;font-weight:600;overflow-wrap:anywhere}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px;margin:0;min-width:0}
+.card>p{font-size:.875rem;margin-bottom:14px}figcaption p{font-size:.875rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:1px;margin:0;padding:0;
+overflow:hidden;background:var(--line)}
+.tiles>div{background:var(--card);padding:16px 20px}.tiles dt{color:var(--soft);font-size:.8rem}.tiles dd{margin:0}
+.tiles b{display:block;font-size:1.55rem;font-weight:620;letter-spacing:-.01em;line-height:1.35}
+.charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
+.plot{padding:18px 10px 26px 48px}.plot svg{display:block;width:100%;height:220px;overflow:visible}
+.plot text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}.y{text-anchor:end}.x{text-anchor:middle}
+.plot line{stroke:var(--line)}.plot .level{stroke:var(--soft);stroke-dasharray:2 4;stroke-width:1.5}
+.plot circle{fill:var(--ink);stroke:var(--card);stroke-width:2}
+path{fill:none;stroke:var(--c);stroke-width:1.75;stroke-linejoin:round;vector-effect:non-scaling-stroke}
+path.ink{stroke-width:2.5}path.soft{stroke-dasharray:5 4}path.many{stroke-width:1;opacity:.7}
+.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
+.c6{--c:var(--c6)}.c7{--c:var(--c7)}.many{--c:var(--many)}.ink{--c:var(--ink)}.soft{--c:var(--soft)}
+.key{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;font-size:.8rem;color:var(--soft)}
+.key li{display:flex;align-items:center;gap:6px;min-width:0}i{flex:none;width:14px;height:3px;border-radius:2px;
+background:var(--c)}i.level,i.soft{background:repeating-linear-gradient(90deg,var(--soft) 0 4px,transparent 4px 7px)}
+bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:16em}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:20px 28px}
+.panels figure{margin:0;min-width:0}.panels figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:6px}
+.panels bdi{font-weight:600;font-size:.875rem}.panels small{white-space:nowrap}
+.bars{display:block;width:100%;height:76px;border-bottom:1px solid var(--line)}.bars rect{fill:var(--c)}
+.ends{display:flex;justify-content:space-between;font-size:12px;color:var(--soft)}
+.wide,ol{overflow:auto;max-width:100%}table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:8px}
+th,td{padding:7px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:baseline}
+th:first-child{padding-left:0}tbody tr:last-child>*{border-bottom:0}thead th{color:var(--soft);font-weight:500;
+font-size:.8rem;white-space:nowrap}tbody th{font-weight:500}.numbers :is(td,th+th){text-align:right;white-space:nowrap;
+font-variant-numeric:tabular-nums}tbody th i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px}
+.numbers bdi{display:inline-block;vertical-align:bottom}.words td:last-child{min-width:16em;color:var(--soft)}
+.words td{overflow-wrap:anywhere}.words td:nth-child(2){min-width:8em}.words td:nth-child(3){color:var(--soft)}
+code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+ol{list-style:none;margin:8px 0 0;padding:0;max-height:330px;font-size:.875rem}
+ol li{display:grid;grid-template-columns:5.2em 6.6em minmax(0,1fr);gap:4px 10px;padding:5px 0;border-bottom:1px solid
+var(--line)}ol li:last-child{border:0}time{color:var(--soft);font-variant-numeric:tabular-nums}ol span,ol b{
+overflow-wrap:anywhere}ol b{font-weight:500}ol .bad{color:var(--bad)}summary{cursor:pointer;margin-top:14px;font-size:.875rem}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:12px 20px;margin:8px 0 0}
+.facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;overflow-wrap:anywhere}footer{font-size:.8rem;padding:0 4px}
+:focus-visible{outline:2px solid var(--c0);outline-offset:2px;border-radius:4px}
+@media(max-width:640px){.card{padding:16px}.tiles{padding:0}.tiles>div{padding:14px 16px}.plot{padding-left:42px}
+ol li{grid-template-columns:5.2em 1fr}ol span{grid-column:1/-1}}
+"""
 
-
-UNITS: Mapping[str, Sequence[tuple[float, str]]] = {
-    "time_s": ((86_400 * 3, " d"), (3600 * 3, " h"), (180, " min"), (0, " s")),
-    "bytes": ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"), (0, " B")),
-    "updates": ((2e6, " M"), (2e4, " k"), (0, "")),
-    "percent": ((0, ""),),
-}
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';style-src 'unsafe-inline';img-src data:">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title: run report</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<header><p>$facts</p><h1>$result</h1>$notice</header>
+<dl class="tiles card" aria-label="Key figures">$tiles</dl>
+<div class="charts">$charts</div>
+$lags
+<section class="card"><h2>Workers</h2>$workers</section>
+<section class="card"><h2>Events</h2>$events</section>
+<section class="card"><h2>Settings</h2>$settings</section>
+<section class="card"><h2>Versions</h2>$versions</section>
+<section class="card"><h2>Seeds</h2>$seeds</section>
+<footer>All figures, and the points of every curve, are in report.json beside this page.</footer>
+</main>
+</body>
+</html>
+""")

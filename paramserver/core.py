@@ -55,6 +55,10 @@ from paramserver.uplink import Uplink
 __all__ = ["Exit", "Recovered", "Save", "SaveFailed", "Saved", "ServerCore", "Stop"]
 
 
+RECORDS_LIMIT = 4096
+"""Sessions that are over and still remembered, at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Event: finish what is committed, save, and exit."""
@@ -95,6 +99,7 @@ class ServerCore:
         """Messages of old connections, dropped."""
         self._recovered = recovered
         self._last_event: float | None = None
+        self._sweep_due = 0.0
         self._goodbye_said = False
         self._exited = False
 
@@ -169,8 +174,7 @@ class ServerCore:
     def deadline(self) -> float | None:
         """When the next Tick is wanted: a lease, a budget, a checkpoint, or the regular round."""
         state = self.state
-        times = [state.now + self.settings.lease_s / 4]
-        times += [session.lease_end for session in self.sessions.values() if session.live]
+        times = [self._sweep_due]
         times += [t for t in (self.initial.deadline, self.durability.deadline) if t is not None]
         if not state.finished and (end := state.budget.end()) is not None:
             times.append(end)
@@ -279,11 +283,8 @@ class ServerCore:
 
     def _let_time_pass(self) -> None:
         state = self.state
-        for session in list(self.sessions.values()):
-            if session.live and session.lease_end <= state.now:
-                self._end(session, f"silent for {self.settings.lease_s:g} s")
-            elif session.ended is not None and state.now - session.ended > self.settings.remember_session_h * 3600:
-                del self.sessions[session.token]
+        if state.now >= self._sweep_due:
+            self._sweep()
         self.initial.ask_next()
         if state.initialised and not state.finished:
             state.finished = state.budget.used_up(state.now)
@@ -291,6 +292,18 @@ class ServerCore:
             self._finish()
         if not state.stopping:
             self.durability.tick()
+
+    def _sweep(self) -> None:
+        """End what is silent, forget what is old. Leases only get longer, so the next sweep is due with the first."""
+        now, lease_s = self.state.now, self.settings.lease_s
+        for session in list(self.sessions.values()):
+            if session.live and session.lease_end <= now:
+                self._end(session, f"silent for {lease_s:g} s")
+            elif session.ended is not None and now - session.ended > self.settings.remember_session_h * 3600:
+                del self.sessions[session.token]
+        # a session that outlives its lease (its push is being decided) is looked at again soon
+        ends = (max(s.lease_end, now + lease_s / 100) for s in self.sessions.values() if s.live)
+        self._sweep_due = min(ends, default=now + lease_s / 4)
 
     def _proceed(self) -> None:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
@@ -316,6 +329,7 @@ class ServerCore:
         self.uplink.drop(session)
         self.downlink.cancel(session.token)
         session.end(self.state.now)
+        self._forget_beyond_limit(session)
         if session.role == "worker":
             state = self.state
             if (shard := self.shard) is not None:
@@ -324,6 +338,15 @@ class ServerCore:
         self.out.record("leave", worker=session.worker, role=session.role, reason=reason, updates=session.counters.updates)
         if not self.state.initialised and not self.members:
             self.state.model = None  # nobody stands for this model any more
+
+    def _forget_beyond_limit(self, ended: Session) -> None:
+        """Observers leave no record; of workers, the records of the latest are kept."""
+        if ended.role == "observer":
+            del self.sessions[ended.token]
+        records = [s for s in self.sessions.values() if s.ended is not None]
+        if len(records) > RECORDS_LIMIT:
+            oldest = min(records, key=lambda s: s.ended or 0.0)
+            del self.sessions[oldest.token]
 
     def _finish(self) -> None:
         state = self.state

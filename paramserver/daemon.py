@@ -52,6 +52,7 @@ class Daemon:
         self._announce = announce
         self._ready = ready
         self._failure: BaseException | None = None
+        self._core: ServerCore | None = None
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -112,7 +113,7 @@ class Daemon:
 
     def _handle(self, event: Any) -> None:
         """One event through the core, its actions carried out, the timer set."""
-        if self._stopped.is_set():
+        if self._stopped.is_set() or self._core is None:
             return
         try:
             self._do(self._core.handle(event, time.monotonic()))
@@ -168,6 +169,9 @@ class Daemon:
         self._signalled += 1
         if self._signalled > 1:
             os._exit(130)
+        if self._core is None:  # still starting: there is nothing to finish
+            self._stopped.set()
+            return
         self._handle_and_receive(Stop(signal.Signals(number).name))
         self._loop.call_later(self._settings.drain_s, self._drained_too_long)
 
@@ -186,7 +190,7 @@ class Daemon:
                             self._loop.call_soon(self._handle, Released(hold))
                         self._loop.call_soon(self._handle, Unsendable(peer, refusal))
                 case Run():
-                    if done := self._run(action):
+                    if (done := self._run(action)) and self._core is not None:
                         self._do(self._core.handle(done, time.monotonic()))
                 case Record(kind, values):
                     self._log.write(kind, values)

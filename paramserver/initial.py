@@ -17,7 +17,6 @@ import numpy as np
 
 from common.buffers import zeros
 from common.codecs.base import U8
-from common.errors import Code, PeerError
 from common.messages import Ack, Begin, Version
 from paramserver import intake
 from paramserver.order import Job, WorkOrder
@@ -73,6 +72,7 @@ class InitialWeights:
                 return
             self._out.say("warning", f"{late.worker} did not send its weights in time; the next in order is asked.")
             self.give_up(late, back_in_line=late.live)
+            self._welcome(late)
         while self._queue and self._asked is None:
             session = state.sessions.get(self._queue.popleft())
             if session is not None and session.live:
@@ -87,10 +87,13 @@ class InitialWeights:
             if back_in_line:
                 self._queue.append(session.token)
 
-    def begin(self, session: Session, begin: Begin) -> Transfer:
-        """The weights are on their way; raises PeerError where they were not asked for or do not fit."""
-        if self._state.initialised or session.token != self._asked or session.transfer is not None:
-            raise PeerError(Code.UNEXPECTED, "These initial weights were not asked for.")
+    def begin(self, session: Session, begin: Begin) -> Transfer | None:
+        """The weights are on their way; None where they are already, or no longer asked for. Raises PeerError."""
+        if session.token != self._asked:
+            self._welcome(session)
+            return None
+        if session.transfer is not None:
+            return None
         shard = self._state.hosted.shard
         intake.check_begin(begin, shard.exact, Version(self._state.epoch, 0))
         self._data = zeros(shard.exact.bytes, np.uint8)

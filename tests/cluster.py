@@ -43,8 +43,10 @@ from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCor
 from worker import core as worker
 from worker.core import WorkerCore
 
-TICKS_AT_ONCE = 1000
-"""So many Ticks in a row that were due at once are a core that turns without end."""
+EVENTS_AT_ONCE = 10_000
+"""So many events without any time passing are a core that turns without end."""
+LATE_S = 1e-6
+"""A timer is never early, and always a little late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ class Trainer:
 
     def __init__(self, cluster: Cluster, row: int) -> None:
         self.cluster, self.row = cluster, row
-        self.core = WorkerCore(name=f"w{row}", library="test", layout=cluster.model.layout, optimizer=None)
+        self.core = WorkerCore(
+            name=f"w{row}", instance=f"instance-{row}", library="test", layout=cluster.model.layout, optimizer=None
+        )
         self.link = cluster.dialled(self)
         self.away, self.reanchoring, self.finished, self.dead = False, True, False, False
         self.in_flight: int | None = None
@@ -228,7 +232,7 @@ class Cluster:
         workers: int = 3,
         updates: int = 12,
         guard: int = 40,
-        faults: Faults = Faults(),  # noqa: B008 (frozen)
+        faults: Faults = Faults(),
         job_s: float = 0.002,
         train_s: float = 0.05,
         settings: dict[str, Any] | None = None,
@@ -247,8 +251,8 @@ class Cluster:
         self.crashes = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count(1)
-        self._life = 0
-        self._ticks: dict[int, tuple[float, int]] = {}
+        self._wakes: dict[Any, int] = {}
+        self._at_once = 0
         self.server: ServerCore | None = None
         self.start_server(epoch=1)
         self.trainers: list[Trainer] = []
@@ -270,7 +274,10 @@ class Cluster:
 
     def step(self) -> None:
         """The next thing happens."""
-        self.now, _, act = heapq.heappop(self._events)
+        at, _, act = heapq.heappop(self._events)
+        self._at_once = self._at_once + 1 if at == self.now else 0
+        assert self._at_once < EVENTS_AT_ONCE, f"time stands still: {self.server!r}, {self.trainers}"
+        self.now = at
         act()
 
     def run_for(self, seconds: float) -> None:
@@ -302,23 +309,226 @@ class Cluster:
 
         self.after(self.random.expovariate(1 / every_s), happen)
 
-    def _tick_later(self, core: ServerCore | WorkerCore, tick: Callable[[], None]) -> None:
-        """Wake the core at its deadline; a later deadline replaces an earlier one."""
-        at, turns = core.deadline(), 0
-        if at is None:
+    def _wake_at(self, owner: Any, deadline: float | None, tick: Callable[[], None]) -> None:
+        """Call `tick` at `deadline`, unless another deadline of `owner` replaces this one."""
+        self._wakes[owner] = mine = next(self._count)
+        if deadline is not None:
+            self.after(max(deadline - self.now, 0.0) + LATE_S, lambda: tick() if self._wakes[owner] == mine else None)
+
+    # Workers
+
+    def add_worker(self) -> None:
+        """One more worker, with a row of its own, while there are rows."""
+        if len(self.trainers) < self.model.shape[0]:
+            trainer = Trainer(self, len(self.trainers))
+            self.trainers.append(trainer)
+            self.work(trainer, worker.Dialled())
+            self.after(self.train_s, trainer.train)
+
+    def work(self, trainer: Trainer, event: Any) -> None:
+        """One event through a worker's core, and what it wants done."""
+        if trainer.dead:
             return
-        if at <= self.now:
-            when, turns = self._ticks.get(id(core), (self.now, 0))
-            turns = turns + 1 if when == self.now else 0
-            assert turns < TICKS_AT_ONCE, f"{core!r} wants Ticks without end"
-        at = max(at, self.now)
-        mine = (at, turns)
-        self._ticks[id(core)] = (self.now, turns)
+        core = trainer.core
+        actions = core.handle(event, self.now)
+        core.validate()
+        for action in actions:
+            match action:
+                case Send(_, frames, hold):
+                    self._carry(trainer.link, True, frames, hold)
+                case worker.Redial():
+                    self._drop(trainer.link)
+                    trainer.link = self.dialled(trainer)
+                    self.after(0.0, partial(self.work, trainer, worker.Dialled()))
+                case worker.Deliver(news):
+                    trainer.take(news)
+        self._wake_at(trainer.row, core.deadline(), partial(self.work, trainer, Tick()))
 
-        def wake() -> None:
-            if wake is core_wake.get(id(core)):
-                tick()
+    def dialled(self, trainer: Trainer) -> Link:
+        """A fresh connection, under a name that was never used."""
+        link = Link(b"peer-%d" % next(self._count), trainer)
+        self.links[link.peer] = link
+        return link
 
-        core_wake = self.__dict__.setdefault("_wakes", {})
-        core_wake[id(core)] = wake
-        self.after(mine[0] - self.now, wake)
+    # The server
+
+    def start_server(self, epoch: int) -> None:
+        """A life of the server, from what the disk holds."""
+        recovered = None
+        if self.disk is not None:
+            record = json.loads(json.dumps(self.disk.record))
+            recovered = Recovered({name: array.copy() for name, array in self.disk.arrays.items()}, record)
+            self.recoveries[epoch] = self.disk.version
+        token = partial("token-{}".format, epoch)
+        self.server = core = ServerCore(
+            self.settings, epoch=epoch, token=lambda: f"{token()}-{next(self._count)}", recovered=recovered
+        )
+        self._serve(core, core.start(self.now))
+
+    def serve(self, event: Any, core: ServerCore | None = None) -> None:
+        """One event through the server's core, and what it wants done. Events of an earlier life come to nothing."""
+        server = self.server
+        if server is None or self.exited or core not in (None, server):
+            return
+        self._serve(server, server.handle(event, self.now))
+
+    def _serve(self, core: ServerCore, actions: list[Any]) -> None:
+        core.validate()
+        for action in actions:
+            match action:
+                case Send(peer, frames, hold):
+                    if link := self.links.get(peer):
+                        self._carry(link, False, frames, hold)
+                    else:
+                        self._unsent(core, peer, hold)
+                case Run():
+                    self._run(core, action)
+                case Save():
+                    self._save(core, action)
+                case Exit():
+                    self.exited = True
+        self._wake_at("server", core.deadline(), partial(self.serve, Tick(), core))
+
+    def _run(self, core: ServerCore, job: Run) -> None:
+        edges = sorted({0, job.parts, *(self.random.randrange(job.parts) for _ in range(3))})
+        ranges = list(itertools.pairwise(edges))
+        results: dict[tuple[int, int], Any] = {}
+
+        def work(some: list[tuple[int, int]]) -> None:
+            for first, last in self.random.sample(some, len(some)):
+                results[first, last] = job.work(first, last, np.full(BLOCK_ELEMENTS, np.nan, np.float32))
+
+        def end() -> None:
+            if self.server is core:
+                work(ranges[half:])
+                self.serve(JobDone(job.job, [results[part] for part in ranges]), core)
+
+        half = self.random.randrange(len(ranges) + 1)
+        work(ranges[:half])
+        self.after(self.random.expovariate(1 / self.job_s), end)
+
+    def _save(self, core: ServerCore, save: Save) -> None:
+        before = {name: array.tobytes() for name, array in save.arrays.items()}
+        seconds = self.random.uniform(0.0, 0.1)
+
+        def written() -> None:
+            if self.server is not core:
+                return
+            assert before == {name: array.tobytes() for name, array in save.arrays.items()}, "a saved array changed"
+            if self.random.random() < self.faults.failed_saves:
+                self.serve(SaveFailed("The disk is full."), core)
+                return
+            self.disk = Save(save.version, {name: array.copy() for name, array in save.arrays.items()}, save.record)
+            self.serve(Saved(save.version, seconds), core)
+
+        self.after(seconds, written)
+
+    def stop(self, reason: str = "told to") -> None:
+        """Tell the server to stop."""
+        self.serve(Stop(reason))
+
+    def survives(self, version: Version) -> bool:
+        """Whether a version the server once had is part of the history of the server as it is now."""
+        return all(version <= kept for epoch, kept in self.recoveries.items() if epoch > version.epoch)
+
+    # Links
+
+    def _carry(self, link: Link, upward: bool, frames: Sequence[Buffer], hold: int) -> None:
+        """Take frames as they are now to the other end, or do what can go wrong."""
+        copies = [bytes(frame) for frame in frames]
+        wire.decode(copies)
+        if not link.open:
+            if not upward and self.server is not None:
+                self._unsent(self.server, link.peer, hold)
+            return
+        if hold:
+            read = partial(self._release, copies, frames, hold, self.server)
+            self.after(self.random.expovariate(1 / self.faults.delay_s), read)
+        draw = self.random.random()
+        for _ in range(0 if draw < self.faults.loss else 2 if draw > 1 - self.faults.duplicate else 1):
+            at = self.now + self.random.expovariate(1 / self.faults.delay_s)
+            if self.random.random() < self.faults.reorder:
+                at += self.random.expovariate(1 / (10 * self.faults.delay_s))
+            else:
+                link.last[upward] = at = max(at, link.last[upward])
+            self.after(at - self.now, partial(self._arrive, link, upward, copies, self.server))
+
+    def _arrive(self, link: Link, upward: bool, frames: list[bytes], server: ServerCore | None) -> None:
+        if upward:
+            # what was on its way when the connection broke may still arrive
+            if server is self.server and (link.open or self.random.random() < 0.5):
+                self.serve(Received(link.peer, frames))
+        elif link.open and link.trainer.link is link and not link.trainer.dead:
+            link.trainer.hears(frames)
+            self.work(link.trainer, Received(SERVER, frames))
+
+    def _release(self, copies: list[bytes], frames: Sequence[Buffer], hold: int, core: ServerCore | None) -> None:
+        assert copies == [bytes(frame) for frame in frames], "a buffer changed while the transport read it"
+        self.serve(Released(hold), core)
+
+    def _unsent(self, core: ServerCore, peer: bytes, hold: int) -> None:
+        if hold:
+            self.after(0.0, partial(self.serve, Released(hold), core))
+        self.after(0.0, partial(self.serve, Unsendable(peer, "the peer is gone"), core))
+
+    def _drop(self, link: Link) -> None:
+        link.open = False
+        self.links.pop(link.peer, None)
+
+    # Faults
+
+    def cut(self, link: Link) -> None:
+        """Break a connection; its worker hears of it at once, or only by silence."""
+        if link.open:
+            self._drop(link)
+            if self.random.random() < 0.5:
+                trainer = link.trainer
+                self.after(0.0, lambda: self.work(trainer, worker.LinkLost()) if trainer.link is link else None)
+
+    def cut_one(self) -> None:
+        """Break the connection of any worker."""
+        self.cut(self.random.choice([trainer.link for trainer in self.trainers]))
+
+    def crash_worker(self, trainer: Trainer | None = None) -> None:
+        """kill -9 of a worker; another takes its place."""
+        alive = [t for t in self.trainers if not t.done]
+        if trainer is None and len(self.trainers) == self.model.shape[0]:
+            return
+        if victim := trainer or (self.random.choice(alive) if alive else None):
+            victim.dead = True
+            if victim.in_flight is not None:
+                victim.unknown.add(victim.in_flight)
+            self._drop(victim.link)
+            self.crashes += 1
+            self.add_worker()
+
+    def crash_server(self, away_s: float | None = None) -> None:
+        """kill -9 of the server once something is saved; it comes back from the disk, in the next epoch."""
+        if self.server is None or self.disk is None:
+            return
+        epoch, self.server = self.server.version.epoch, None
+        self.crashes += 1
+        for link in list(self.links.values()):
+            self.cut(link)
+        self.after(self.random.uniform(0.1, 2.0) if away_s is None else away_s, lambda: self.start_server(epoch + 1))
+
+
+def check_counting(cluster: Cluster) -> None:
+    """The oracle: what the center counted is what the workers were told."""
+    server = cluster.server
+    assert server is not None
+    assert server.shard is not None
+    slots = cluster.model.set_slots(server.shard.center)
+    assert slots.sum() == server.version.version, "downpour: every applied update is one version"
+    for trainer in cluster.trainers:
+        row = slots[trainer.row]
+        for s, version in trainer.applied.items():
+            survives = cluster.survives(version)
+            assert row[s] == survives, f"{trainer}: update {s} of version {version} is {row[s]}, expected {survives}"
+            assert survives or version > trainer.durable, f"{trainer}: update {s} was durable and is lost"
+            assert survives or trainer.dead or s in trainer.reported, f"{trainer}: update {s} was lost, nobody said so"
+        for s in trainer.rejected:
+            assert not row[s], f"{trainer}: update {s} was rejected and is applied"
+        told = trainer.applied.keys() | trainer.rejected.keys() | trainer.unknown
+        told |= {s for s in (trainer.in_flight, *trainer.again) if s is not None}
+        assert told >= set(np.flatnonzero(row)), f"{trainer}: an update was applied that was never pushed"

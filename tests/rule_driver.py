@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
@@ -201,8 +202,9 @@ MakeOptimizer: TypeAlias = Callable[[Iterator[torch.nn.Parameter]], torch.optim.
 def trained_alone(make_optimizer: MakeOptimizer, *, dtype: torch.dtype, steps: int = 50) -> Floats:
     """The network's parameters (n,) after `steps` of plain torch."""
     model = _network(dtype)
-    for _ in _steps(model, make_optimizer, steps):
-        pass
+    with _one_thread():
+        for _ in _steps(model, make_optimizer, steps):
+            pass
     return _flat(model)
 
 
@@ -219,17 +221,29 @@ def trained_with_server(
     model = _network(dtype)
     server = Server.start(rule, config, _flat(model))
     anchor = server.join("w0")
-    for step in _steps(model, make_optimizer, steps):
-        if step % local_steps:
-            continue
-        x, d = _flat(model), np.empty_like(anchor)
-        rule.update(config, x, anchor, d)
-        reply = server.push("w0", d, steps=local_steps)
-        assert reply is not None
-        rule.merge(config, x, reply)
-        anchor = reply
-        torch.nn.utils.vector_to_parameters(torch.from_numpy(x), model.parameters())
+    with _one_thread():
+        for step in _steps(model, make_optimizer, steps):
+            if step % local_steps:
+                continue
+            x, d = _flat(model), np.empty_like(anchor)
+            rule.update(config, x, anchor, d)
+            reply = server.push("w0", d, steps=local_steps)
+            assert reply is not None
+            rule.merge(config, x, reply)
+            anchor = reply
+            torch.nn.utils.vector_to_parameters(torch.from_numpy(x), model.parameters())
     return server.center
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a busy machine torch's threads would wait for each other longer than a step of this network takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _network(dtype: torch.dtype) -> torch.nn.Module:

@@ -51,6 +51,8 @@ from worker.session import Download, Membership, Upload
 
 HELLO_TIMEOUTS_S = (0.5, 1.0, 2.0, 4.0, 5.0)
 """How long to wait for Welcome before dialling again; the last one repeats."""
+PAUSE_S = 1.0
+"""Before dialling again after a refusal that may come again."""
 LEAVE_TIMEOUT_S = 1.0
 LOSSLESS = "fp32"
 NO_SCALARS = Scalars(0.0, 0, 0, 0.0)
@@ -324,8 +326,8 @@ class WorkerCore:
             )
         )
 
-    def _doubt(self, sentence: str) -> None:
-        """Something is wrong with the connection: dial afresh, and resume."""
+    def _doubt(self, sentence: str, *, at_once: bool = True) -> None:
+        """Something is wrong with the connection: dial afresh, and resume; after a pause where haste might not help."""
         if self.phase == "leaving":
             self._end()
             return
@@ -335,8 +337,11 @@ class WorkerCore:
         self.phase = "greeting"
         self._downloads.clear()
         self._attempts = 0
-        self._hello_deadline = self._now + HELLO_TIMEOUTS_S[0]
-        self._out.append(Redial())
+        if at_once:
+            self._hello_deadline = self._now + HELLO_TIMEOUTS_S[0]
+            self._out.append(Redial())
+        else:
+            self._hello_deadline = self._now + PAUSE_S
 
     def _welcome(self, welcome: Welcome) -> None:
         m = self.membership
@@ -363,6 +368,7 @@ class WorkerCore:
                 self._deliver(NeedWeights())
             case "wait":
                 self.phase = "waiting"
+                self._upload = None if self._upload and self._upload.kind == "init" else self._upload
             case "have":
                 self.phase = "joined"
                 self._go_on()
@@ -541,7 +547,7 @@ class WorkerCore:
                 self._fail(error)
             else:
                 self._say("warning", f"The server sent something that cannot be read: {error}")
-                self._doubt("the server sent something that cannot be read")
+                self._doubt("the server sent something that cannot be read", at_once=False)
 
     def _dispatch(self, message: Message) -> None:
         m = self.membership
@@ -596,11 +602,11 @@ class WorkerCore:
                 self._doubt("the session is no longer known to this connection")
         elif error.code == Code.DRAINING:
             pass  # the next Hello finds the server gone, or back
-        elif self.phase == "greeting" or self.phase == "initialising":
+        elif self.phase in ("greeting", "initialising") or error.code == Code.DIVERGED:
             self._fail(error)
         else:
             self._say("warning", f"The server refused something ({error.code}): {error}")
-            self._doubt("the server refused a message")
+            self._doubt("the server refused a message", at_once=False)
 
     def _fail(self, error: PeerError) -> None:
         self.phase = "ended"

@@ -46,6 +46,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
 PATIENCE_S = 10.0
 """Waits longer than this are spoken of."""
+REJECTED_IN_A_ROW = 10
+"""So many updates that could not be pushed end the training: nothing would come of it."""
 log = logging.getLogger("paramserver.worker")
 
 
@@ -131,6 +133,7 @@ class Session:
         self._progress = Progress()
         self._discard = False
         self._reanchoring = True
+        self._rejected_in_a_row = 0
         self._away = False
         self._left = False
         self._evaluated: core.Fetched | None = None
@@ -298,6 +301,7 @@ class Session:
         assert self._in_flight is not None
         if news.outcome == "applied" and news.data is not None:
             self.exchanges.pushed += 1
+            self._rejected_in_a_row = 0
             self.exchanges.bytes_down += self._down.bytes
             self._merge(news.data, self._in_flight.x)
             self._base = news.base
@@ -305,20 +309,29 @@ class Session:
         elif news.code == Code.FINISHED or news.outcome == "applied":
             self._in_flight = None
         else:
-            self.exchanges.rejected += 1
+            self._count_rejected(news.sentence)
             log.warning("update %d was refused (%s): %s It is dropped; going on from the center.", news.number, news.code, news.sentence)
             self._reanchoring = True  # in flight stays: what was refused is not pushed again
             self._driver.post(PullWanted("anchor"))
 
     def _reject(self, why: str) -> None:
         """This worker's own parameters cannot be pushed: give them up, go on from the center."""
-        self.exchanges.rejected += 1
+        self._count_rejected(why)
         log.warning("%s The progress of %d steps is dropped; going on from the center.", why, self._progress.steps)
         self._progress = Progress()
         self._discard = self._reanchoring = True
         self._driver.post(PullWanted("anchor"))
         if not self._away:
             self._wait(lambda: not self._reanchoring or self._away or self.finished, None, "the center")
+
+    def _count_rejected(self, why: str) -> None:
+        self.exchanges.rejected += 1
+        self._rejected_in_a_row += 1
+        if self._rejected_in_a_row >= REJECTED_IN_A_ROW:
+            raise UsageError(
+                f"{self._rejected_in_a_row} updates in a row could not be pushed, the last because: {why}",
+                fix="Look for NaN in loss or gradients: a lower learning rate, or a gradient scaler, may help.",
+            )
 
     def _merge(self, data: U8, start: F32) -> None:
         """x <- merge(reply) + (x now - start); anchor <- reply. start: (elements,) x when it was pushed."""
@@ -418,6 +431,10 @@ class Session:
             exact.encode(self._x, data)
         except CodecError:
             raise UsageError("The model holds NaN or infinity.", fix="Initialise it before joining.") from None
+        # from here on this is the anchor: a server that lost its state starts from these weights, not from older ones
+        self._anchor[:] = self._x
+        self._in_flight = None
+        self._progress = Progress()
         self._driver.post(core.InitialWeights(data))
 
     def _wait_until_settled(self) -> None:

@@ -205,6 +205,7 @@ def test_an_epoch_is_never_given_twice_whatever_fails(
     given = [0]
     for fatal in itertools.count():
         with closing(Directory.open(tmp_path)) as directory, monkeypatch.context() as patched:
+            assert names(tmp_path) <= {"lock", "epoch.json"}, "nothing is left of an attempt that failed"
             steps = Steps(patched, fatal, fault)
             try:
                 given.append(directory.next_epoch())
@@ -214,9 +215,24 @@ def test_an_epoch_is_never_given_twice_whatever_fails(
         break
     with closing(Directory.open(tmp_path)) as directory:
         given += [directory.next_epoch(), directory.next_epoch()]
-        assert names(tmp_path) == {"lock", "epoch.json"}
     assert fatal > 5
     assert given == sorted(set(given))
+
+
+def test_the_same_version_can_be_tried_again_even_where_nothing_could_be_cleared_away(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refuse)
+        patched.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        with pytest.raises(StateError, match=r"could not be written to .*: Input/output error\. Check the disk"):
+            save(directory, FIRST, seed=0)
+        assert directory.load() is None
+    save(directory, FIRST, seed=0)
+    assert same(directory.load(), FIRST, seed=0)
 
 
 def test_everything_is_on_the_disk_before_what_refers_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +396,33 @@ def test_where_none_is_valid_nobody_starts_anew_unless_told_to(directory: Direct
     assert directory.next_epoch() == 2, "versions still only grow"
     save(directory, Version(2, 1), seed=2)
     assert same(directory.load(), Version(2, 1), seed=2)
+
+
+def test_a_checkpoint_under_the_name_of_another_is_corrupt(directory: Directory) -> None:
+    path = save(directory, FIRST, seed=0)
+    with pytest.raises(CorruptError, match=r"the manifest is that of 1\.10"):
+        read(path.rename(path.with_name("checkpoint-000001-000000000020")))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"center": np.zeros(4)},
+        {"center": np.zeros((2, 2), np.float32)},
+        {"center": np.zeros(3, np.float32)},
+        {"center": np.zeros(4, np.float32), "more": np.zeros(1, np.float32)},
+        {"other": np.zeros(4, np.float32)},
+        {},
+    ],
+    ids=["float64", "2-d", "short", "one too many", "other name", "none"],
+)
+def test_files_that_do_not_hold_what_a_manifest_with_the_right_hashes_says_are_corrupt(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", lambda pieces, file: save_file(arrays, file))
+    directory.save(FIRST, {"center": np.zeros(4, np.float32)}, RECORD, keep=3)
+    with pytest.raises(CorruptError):
+        read(directory.checkpoints()[0][1])
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])

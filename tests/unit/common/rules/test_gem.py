@@ -30,7 +30,7 @@ EXACT = 1e-11
 PRINTED = 5.1e-11
 """Half a unit of the tenth decimal, the last that is printed."""
 
-property_test = settings(max_examples=200, deadline=None, derandomize=True)
+property_test = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def served(center: Floats, *, workers: int = 1, overlap: bool = False, **configured: Any) -> Server:
