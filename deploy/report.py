@@ -6,12 +6,12 @@ Laws
 * The page shows nothing that `report.json` does not hold: `page` takes those figures and nothing else.
 * The page is one file that loads nothing and runs nothing (its own policy forbids both): it works offline, in light
   and dark, at phone width, and its charts say in words what they show.
-* What came from outside (names, sentences, paths) enters the page only through `_e`.
+* All markup is made by `tag`, which escapes every text that is not markup itself.
 * A log that is missing, torn or odd costs its own figures only; what is not known is null, never NaN.
 * Memory is bounded: POINTS per curve, WORKERS one by one, EVENTS in words, whatever the log holds.
 
-Left out: `summary` itself (the launcher measures it); comparing runs. Time 0 is `summary["started"]` (seconds since
-1970; log lines before it belong to an earlier run), else the first line of the log.
+Time 0 is `summary["started"]` (seconds since 1970; log lines before it belong to an earlier run), else the first line
+of the log. Left out: the summary itself (whoever ran the workers measures it), and comparing runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from paramserver.telemetry import FILE, PREVIOUS
 
@@ -38,26 +39,53 @@ WORKERS, OTHERS = 256, "(other workers)"
 """Workers followed one by one; all later ones are added up."""
 EVENTS = (60, 140)
 """First and last events that are kept."""
+KINDS = 64
+"""Kinds of event that are counted one by one."""
 LAG_LIMIT = 1024
 """Larger lags are counted as this one; the largest is known all the same."""
+DETAILS = 8
+"""Figures of the rule's own that are followed."""
 LINE_BYTES, TEXT_CHARACTERS = 1 << 16, 300
-COLORS, LINES, ROWS, PANELS, BINS, DETAILS = 8, 40, 64, 12, 24, 8
-"""On the page: colors of workers, lines in a chart, rows of the workers' table, lag histograms, their bars, and
-figures of the rule."""
-REQUIRED = {
-    **dict.fromkeys(("center_accuracy", "center_loss", "solo_accuracy", "samples_per_s", "seconds", "updates")),
+LINES, ROWS, PANELS, BINS = 40, 64, 12, 24
+"""On the page: curves in a chart, rows of the workers' table, lag histograms, bars in one."""
+COLORS = 8
+"""With more workers than this, a color no longer tells them apart."""
+
+COUNTS = ("updates", "steps", "samples", "bytes_up", "bytes_down", "rejected")
+APPLY = {"time", "kind", "worker", "number", "version", "lag", "weight", "loss", *COUNTS}
+"""Values of every `apply` line; all others are the rule's own figures."""
+ALWAYS: Mapping[str, Any] = {
+    **dict.fromkeys(("center_accuracy", "center_loss", "solo_accuracy", "solo_loss", "samples_per_s")),
     **{"settings": [], "seeds": {}, "versions": {}, "curve": [], "solo_curve": []},
 }
-"""What stands in for a key that the summary leaves out."""
-APPLY = {"time", "kind", *"worker number version lag weight loss samples steps bytes_up bytes_down".split()}
-"""Values of every `apply` line; all others are the rule's own figures."""
-T = TypeVar("T")
+"""What stands in `report.json` for a key that the summary leaves out."""
+SENTENCES = {
+    "join": "{worker} joined ({resumed})",
+    "leave": "{worker} left: {reason}, after {updates} updates",
+    "reject": "{worker}: update {number} was refused: {sentence}",
+    "fault": "{worker} was told: {sentence}",
+    "checkpoint": "version {version} is on the disk, written in {seconds} s",
+    "checkpoint_failed": "{sentence}",
+    "initialised": "{worker} gave the first weights, {parameters} parameters",
+    "finished": "{reason}, at version {version}",
+    "diverged": "the center is no longer finite since version {version}, after an update of {worker}",
+}
+BAD = {"reject", "fault", "diverged", "checkpoint_failed", "unsendable", "log_lost"}
+RULE_FIGURES = {
+    "pi": ("Scale π", "By how much the rule scaled an update.", None),
+    "energy": ("Energy of the center", "Kinetic energy over its bound: stable up to 1.", 1.0),
+}
+"""First word of a figure of the rule's own -> title, sentence, and the level to hold it against."""
+UNKNOWN = "\N{EN DASH}"
 
 
 def write(directory: Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Write `report.json` and `report.html` into `directory`, each whole or not at all; returns their paths."""
-    found = figures(summary, read(directory, _number(summary.get("started"))))
-    texts = {"report.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "report.html": page(found)}
+    """Write `report.json` and `report.html` into `directory`, each whole or not at all; returns their paths.
+
+    Reads the run log that lies there. `summary` is what is known of the run beside it, JSON-like values by name.
+    """
+    report = figures(summary, read(directory, _number(summary.get("started"))))
+    texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n", "report.html": page(report)}
     for name, text in texts.items():
         temporary = directory / f".{name}.{os.getpid()}"
         temporary.write_text(text, encoding="utf-8", errors="replace")
@@ -77,7 +105,7 @@ class Curve:
         self._last = (0.0, 0, 0.0)
 
     def add(self, time_s: float, updates: int, value: float) -> None:
-        """One more; with a `window`, a moving average over about so many is kept instead of `value`."""
+        """One more; with a `window`, the moving average over about so many stands for the value."""
         if self._window > 1 and self._count:
             weight = 1 / min(self._count + 1, max(self._window, 2 * self._stride))
             value = self._last[2] + weight * (value - self._last[2])
@@ -89,7 +117,7 @@ class Curve:
         self._count += 1
 
     def columns(self, unseen: int) -> dict[str, list[float]]:
-        """As three lists; `unseen` updates came before those of the log."""
+        """As three lists; `unseen` updates came before those that were added."""
         points = self._kept + ([self._last] if self._count and self._kept[-1] != self._last else [])
         return {
             "time_s": [round(time_s, 3) for time_s, _, _ in points],
@@ -102,23 +130,28 @@ class Trace:
     """What the log tells of one worker."""
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(("updates", "steps", "samples", "bytes_up", "bytes_down", "rejected"), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.loss, self.lags, self.lag_max = Curve(WINDOW), Counter[int](), 0
         self.first_s, self.last_s = math.inf, 0.0
+
+    @property
+    def present_s(self) -> float:
+        """From its first line to its last."""
+        return max(self.last_s - self.first_s, 0.0)
 
 
 class Run:
     """What the log tells of the run."""
 
-    def __init__(self, started: float | None) -> None:
+    def __init__(self, started: float | None = None) -> None:
         self.started, self.seconds, self.updates, self.unreadable_lines = started, 0.0, 0, 0
         self.workers: dict[str, Trace] = {}
         self.loss, self.bytes = Curve(WINDOW), {"up": Curve(), "down": Curve()}
+        self.sent = dict.fromkeys(self.bytes, 0)
         self.rule: dict[str, Curve] = {}
         self.kinds: Counter[str] = Counter()
         self.first_events: list[dict[str, Any]] = []
         self.last_events: deque[dict[str, Any]] = deque(maxlen=EVENTS[1])
-        self._bytes = {"up": 0, "down": 0}
 
     def take(self, line: Any) -> None:
         """One line of the log; one that makes no sense is counted and passed over."""
@@ -132,33 +165,33 @@ class Run:
             return
         self.seconds = max(self.seconds, time_s)
         trace = self._trace(line, time_s)
-        if line["kind"] == "apply" and trace is not None:
+        if trace is not None and line["kind"] == "apply":
             self._apply(trace, line, time_s)
             return
-        if line["kind"] == "reject" and trace is not None:
+        if trace is not None and line["kind"] == "reject":
             trace.counts["rejected"] += 1
-        if len(self.kinds) < LAG_LIMIT:
-            self.kinds[line["kind"][:TEXT_CHARACTERS]] += 1
-        event = {"time_s": round(time_s, 3), "kind": line["kind"][:TEXT_CHARACTERS], "text": _sentence(line)}
+        kind = line["kind"][:TEXT_CHARACTERS]
+        self.kinds[kind if kind in self.kinds or len(self.kinds) < KINDS else "other"] += 1
+        event = {"time_s": round(time_s, 3), "kind": kind, "text": _sentence(line)}
         (self.first_events if len(self.first_events) < EVENTS[0] else self.last_events).append(event)
 
-    def _trace(self, line: dict[str, Any], time_s: float) -> Trace | None:
+    def _trace(self, line: Mapping[str, Any], time_s: float) -> Trace | None:
         name = line.get("worker")
         if not isinstance(name, str) or not name or line.get("role", "worker") != "worker":
             return None
-        name = name if name in self.workers or len(self.workers) < WORKERS else OTHERS
+        name = name[:TEXT_CHARACTERS] if name in self.workers or len(self.workers) < WORKERS else OTHERS
         trace = self.workers.setdefault(name, Trace())
         trace.first_s, trace.last_s = min(trace.first_s, time_s), max(trace.last_s, time_s)
         return trace
 
-    def _apply(self, trace: Trace, line: dict[str, Any], time_s: float) -> None:
+    def _apply(self, trace: Trace, line: Mapping[str, Any], time_s: float) -> None:
         self.updates += 1
         trace.counts["updates"] += 1
         for name in ("steps", "samples", "bytes_up", "bytes_down"):
             trace.counts[name] += int(_number(line.get(name)) or 0)
         for way, curve in self.bytes.items():
-            self._bytes[way] += int(_number(line.get(f"bytes_{way}")) or 0)
-            curve.add(time_s, self.updates, self._bytes[way])
+            self.sent[way] += int(_number(line.get(f"bytes_{way}")) or 0)
+            curve.add(time_s, self.updates, self.sent[way])
         if (lag := _number(line.get("lag"))) is not None:
             trace.lags[min(max(int(lag), 0), LAG_LIMIT)] += 1
             trace.lag_max = max(trace.lag_max, int(lag))
@@ -175,42 +208,28 @@ def read(directory: Path, started: float | None = None) -> Run:
     """The run log of `directory`, from `started` (seconds since 1970) on."""
     run = Run(started)
     for path in (directory / PREVIOUS, directory / FILE):
-        if not path.is_file():
-            continue
-        with path.open("rb") as file:
-            for data in iter(partial(file.readline, LINE_BYTES), b""):
-                try:
-                    line = json.loads(data)
-                except (ValueError, RecursionError):
-                    line = None
-                run.take(line)
+        if path.is_file():
+            with path.open("rb") as file:
+                for data in iter(partial(file.readline, LINE_BYTES), b""):
+                    run.take(_parsed(data))
     return run
 
 
-SENTENCES = {
-    "join": "{worker} joined ({resumed})",
-    "leave": "{worker} left: {reason}, after {updates} updates",
-    "reject": "{worker}: update {number} was refused: {sentence}",
-    "fault": "{worker} was told: {sentence}",
-    "checkpoint": "version {version} is on the disk, written in {seconds} s",
-    "checkpoint_failed": "{sentence}",
-    "initialised": "{worker} gave the first weights, {parameters} parameters",
-    "finished": "{reason}, at version {version}",
-    "diverged": "the center is no longer finite since version {version}, after an update of {worker}",
-}
-
-
-def _sentence(line: dict[str, Any]) -> str:
-    """One line of the log in words."""
-    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in line.items()}
-    if not values.get("worker"):
-        values["worker"] = "somebody"
-    pattern = SENTENCES.get(line["kind"], "")
+def _parsed(data: bytes) -> Any:
     try:
-        text = pattern.format_map(values)
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _sentence(line: Mapping[str, Any]) -> str:
+    """One line of the log in words."""
+    values = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in line.items()}
+    try:
+        text = SENTENCES[line["kind"]].format_map(values | {"worker": values.get("worker") or "somebody"})
     except KeyError:
-        text = ""
-    return (text or ", ".join(f"{k} {v}" for k, v in line.items() if k not in ("time", "kind")))[:TEXT_CHARACTERS]
+        text = ", ".join(f"{name} {value}" for name, value in values.items() if name not in ("time", "kind"))
+    return text[:TEXT_CHARACTERS]
 
 
 # The figures
@@ -218,24 +237,23 @@ def _sentence(line: dict[str, Any]) -> str:
 
 def figures(summary: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """All that `report.json` holds: the summary as it is, and what the log adds; plain and finite."""
-    rows = _rows(summary, run)
-    updates = [row["updates"] for row in rows]
-    unseen = max(int(_number(summary.get("updates")) or 0) - run.updates, 0)
-    total = sum((trace.lags for trace in run.workers.values()), Counter[int]())
-    known: dict[str, Any] = REQUIRED | dict(summary)
-    if known["updates"] is None:
-        known["updates"] = run.updates
-    if known["seconds"] is None:
-        known["seconds"] = run.seconds
-    found = known | {
+    known = {name: value for name, value in summary.items() if value is not None}
+    rows = _rows(known.get("workers", ()), run)
+    updates = _number(known.get("updates"))
+    unseen = max(int(updates or 0) - run.updates, 0)
+    lags = sum((trace.lags for trace in run.workers.values()), Counter[int]())
+    seconds = _number(known.get("seconds")) or run.seconds
+    found = {
+        **summary,
+        **{name: known.get(name, value) for name, value in ALWAYS.items()},
         "started": run.started,
+        "seconds": seconds,
+        "updates": run.updates if updates is None else int(updates),
         "workers": rows,
-        "bytes_up": sum(row["bytes_up"] for row in rows),
-        "bytes_down": sum(row["bytes_down"] for row in rows),
-        "rejected": sum(row["rejected"] for row in rows),
-        "fairness": _jain(updates),
-        **_goodput(rows, run, _number(known["seconds"]) or 0.0),
-        "lag": _lag(total, max((trace.lag_max for trace in run.workers.values()), default=0))
+        **{name: sum(row[name] for row in rows) for name in ("bytes_up", "bytes_down", "rejected")},
+        "fairness": _jain([row["updates"] for row in rows]),
+        **_goodput(rows, run, seconds),
+        "lag": _lag(lags, max((trace.lag_max for trace in run.workers.values()), default=0))
         | {"workers": {name: _lag(trace.lags, trace.lag_max) for name, trace in run.workers.items()}},
         "curves": {
             "loss": run.loss.columns(unseen),
@@ -243,93 +261,82 @@ def figures(summary: Mapping[str, Any], run: Run) -> dict[str, Any]:
             "bytes": {way: curve.columns(unseen) for way, curve in run.bytes.items()},
             "rule": {name: curve.columns(unseen) for name, curve in sorted(run.rule.items())},
         },
-        "events": {"counts": run.kinds, "first": run.first_events, "last": list(run.last_events)},
+        "events": {"counts": run.kinds, "first": run.first_events, "last": run.last_events},
         "unreadable_lines": run.unreadable_lines,
     }
     plain: dict[str, Any] = _plain(found)
     return plain
 
 
-def _rows(summary: Mapping[str, Any], run: Run) -> list[dict[str, Any]]:
-    """One dict per worker: what the summary says, completed by the log. A worker that only the log knows gets a row."""
-    given = {str(worker.get("name")): dict(worker) for worker in summary.get("workers") or []}
+def _rows(workers: Iterable[Mapping[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """One dict per worker, as given and completed from the log; a worker that only the log knows has one too."""
+    given = {str(worker.get("name")): dict(worker) for worker in workers}
     rows = []
     for name in sorted({*given, *run.workers}, key=_natural):
-        row, trace = given.get(name, {}), run.workers.get(name, Trace())
+        row, trace = {"name": name} | given.get(name, {}), run.workers.get(name, Trace())
         for key, count in trace.counts.items():
             value = _number(row.get(key))
             row[key] = count if value is None else int(value)
-        span_s = trace.last_s - trace.first_s
         if _number(row.get("samples_per_s")) is None:
-            row["samples_per_s"] = round(row["samples"] / span_s, 3) if span_s > 0 else None
-        rows.append({"name": name} | row)
+            row["samples_per_s"] = round(row["samples"] / trace.present_s, 3) if trace.present_s else None
+        rows.append(row)
     return rows
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts worker-10 after worker-9."""
-    digits = "".join(character if character.isdecimal() and character.isascii() else " " for character in name).split()
-    return [(0, name.rstrip("0123456789")), *((int(part[:18]), "") for part in digits), (0, name)]
+def _natural(name: str) -> list[str | int]:
+    """Puts worker-10 behind worker-9."""
+    parts = re.split("([0-9]{1,18})", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _lag(lags: Counter[int], largest: int) -> dict[str, Any]:
     """Histogram (lag -> updates), median and maximum; null where nothing was applied."""
-    ordered, count = sorted(lags.items()), lags.total()
-    if not count:
+    if not lags:
         return {"median": None, "max": None, "histogram": {}}
-
-    def at(rank: int) -> int:
-        for lag, number in ordered:
-            rank -= number
-            if rank < 0:
-                return lag
-        return largest
-
-    median = (at((count - 1) // 2) + at(count // 2)) / 2
-    return {"median": median, "max": largest, "histogram": {str(lag): number for lag, number in ordered}}
+    ordered, before = sorted(lags.items()), 0
+    middle: list[int] = []
+    for lag, number in ordered:
+        middle += [lag for rank in ((lags.total() - 1) // 2, lags.total() // 2) if before <= rank < before + number]
+        before += number
+    return {"median": sum(middle) / 2, "max": largest, "histogram": dict(ordered)}
 
 
-def _jain(values: Sequence[float]) -> float | None:
+def _jain(values: Sequence[int]) -> float | None:
     """Jain's index (sum x)^2 / (n sum x^2): 1 where all are equal, 1/n where one has all."""
     squares = sum(value * value for value in values)
     return round(sum(values) ** 2 / (len(values) * squares), 6) if squares else None
 
 
-def _goodput(rows: list[dict[str, Any]], run: Run, seconds: float) -> dict[str, float | None]:
-    """Goodput: share of the workers' time not spent waiting for the server, times share of updates that were taken."""
+def _goodput(rows: Sequence[Mapping[str, Any]], run: Run, seconds: float) -> dict[str, float | None]:
+    """Goodput = share of the workers' time not spent waiting for the server * share of pushes that were applied."""
     present_s = stalled_s = 0.0
     for row in rows:
         trace = run.workers.get(row["name"])
-        here_s = trace.last_s - trace.first_s if trace and trace.last_s > trace.first_s else seconds
+        here_s = trace.present_s if trace and trace.present_s else seconds
         present_s += here_s
         stalled_s += min(_number(_exchange(row, "stalled_s")) or 0.0, here_s)
-    pushed = sum(row["updates"] + row["rejected"] for row in rows)
-    taken = sum(row["updates"] for row in rows) / pushed if pushed else None
-    stalled = stalled_s / present_s if present_s > 0 else None
-    good = taken * (1 - stalled) if taken is not None and stalled is not None else None
-    return {
-        "goodput": _round(good, 6),
-        "stalled_share": _round(stalled, 6),
-        "taken_share": _round(taken, 6),
-    }
+    applied, refused = (sum(row[name] for row in rows) for name in ("updates", "rejected"))
+    share = applied / (applied + refused) if applied + refused else None
+    stalled = stalled_s / present_s if present_s else None
+    good = None if share is None or stalled is None else share * (1 - stalled)
+    found = {"goodput": good, "stalled_share": stalled, "applied_share": share}
+    return {name: None if value is None else round(value, 6) for name, value in found.items()}
 
 
 def _exchange(row: Mapping[str, Any], name: str) -> Any:
-    """A figure of the worker's own about its exchanges, which stand by themselves or in the row."""
+    """A figure of a worker's own about its exchanges, which stand by themselves or in the row."""
     exchanges = row.get("exchanges")
     return exchanges.get(name) if isinstance(exchanges, Mapping) else row.get(name)
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 and value is not True else None
-
-
-def _round(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+    """A finite number; None for anything else."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if fine else None
 
 
 def _plain(value: Any) -> Any:
-    """As JSON takes it: whatever is not finite becomes null, whatever is unknown its text."""
+    """As JSON takes it: what is not finite becomes null, what JSON does not know its text."""
     match value:
         case None | bool() | int() | str():
             return value
@@ -339,10 +346,31 @@ def _plain(value: Any) -> Any:
             return {str(key): _plain(item) for key, item in value.items()}
         case list() | tuple() | set() | frozenset() | deque():
             return [_plain(item) for item in value]
-        case _ if callable(getattr(value, "item", None)) and getattr(value, "shape", None) == ():
+        case _ if getattr(value, "shape", None) == ():  # a scalar of numpy or torch
             return _plain(value.item())
         case _:
             return str(value)
+
+
+# Markup
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def tag(name: str, *inside: str | Iterable[str], **attributes: Any) -> Html:
+    """An element. Text inside is escaped unless it is Html; so are attributes (`class_`, `aria_label`)."""
+    words = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
+    return Html(f"<{name}{words}>{together(*inside)}</{name}>")
+
+
+def together(*parts: str | Iterable[str]) -> Html:
+    """Parts one after the other, text among them escaped."""
+    texts = (text for part in parts for text in ([part] if isinstance(part, str) else part))
+    return Html("".join(text if isinstance(text, Html) else escape(text) for text in texts))
 
 
 # The page
@@ -352,51 +380,40 @@ def page(report: Mapping[str, Any]) -> str:
     """`report.html` for the figures of one run, as `report.json` holds them."""
     names = [row["name"] for row in report["workers"]]
     colors = {name: f"c{i}" if len(names) <= COLORS else "many" for i, name in enumerate(names)}
-    title = " · ".join(str(report[key]) for key in ("task", "rule") if report.get(key)) or "training run"
-    day = f" · {datetime.fromtimestamp(report['started'], UTC):%Y-%m-%d %H:%M} UTC" if report["started"] else ""
-    return PAGE.substitute(
-        style=STYLE,
-        title=_e(title),
-        facts=_e(f"{title} · {len(names)} {'worker' if len(names) == 1 else 'workers'}{day}"),
-        result=_e(_result(report)),
-        notice=_notice(report),
-        tiles="".join(_tile(*tile) for tile in _tiles(report)),
-        charts="".join(_charts(report, colors)),
-        lags=_lags(report["lag"]["workers"], colors),
-        workers=_workers(report, colors),
-        events=_events(report["events"]),
-        settings=_settings(report["settings"]),
-        versions=_facts(report["versions"]),
-        seeds=_facts(report["seeds"]),
+    title = " · ".join(str(report[key]) for key in ("task", "rule") if report.get(key)) or "Training"
+    facts = [title, f"{len(names)} {'worker' if len(names) == 1 else 'workers'}"]
+    if report["started"] is not None:
+        facts.append(f"{datetime.fromtimestamp(report['started'], UTC):%Y-%m-%d %H:%M} UTC")
+    sections = {"Workers": _workers(report, colors), "Events": _events(report["events"])}
+    sections |= {"Settings": _settings(report["settings"])}
+    sections |= {name: _facts(report[name.lower()]) for name in ("Versions", "Seeds")}
+    body = together(
+        tag("header", tag("p", " · ".join(facts)), tag("h1", _result(report)), _notice(report)),
+        tag("dl", (_tile(*tile) for tile in _tiles(report)), class_="tiles card", aria_label="Key figures"),
+        tag("div", _charts(report, colors), class_="charts"),
+        _lags(report["lag"]["workers"], colors),
+        (tag("section", tag("h2", name), section, class_="card") for name, section in sections.items()),
     )
-
-
-def _e(value: Any) -> str:
-    """A value as text of the page: the one way in for what we did not write ourselves."""
-    return escape("–" if value is None or value == "" else str(value))
+    return PAGE.substitute(style=STYLE, title=together(title), body=body)
 
 
 def _result(report: Mapping[str, Any]) -> str:
     spent = f"after {_count(report['updates'])} updates in {_duration(report['seconds'])}"
     for unit, words, form in (("accuracy", "", _percent), ("loss", "a test loss of ", _short)):
-        reached, alone = report.get(f"center_{unit}"), report.get(f"solo_{unit}")
+        reached, alone = report[f"center_{unit}"], report[f"solo_{unit}"]
         if reached is not None:
             versus = f"; one worker alone {form(alone)}" if alone is not None else ""
             return f"Center reached {words}{form(reached)} {spent}{versus}."
     return f"The run ended {spent}."
 
 
-def _notice(report: Mapping[str, Any]) -> str:
+def _notice(report: Mapping[str, Any]) -> Html:
     """A sentence where the run did not end well."""
     events, ended = report["events"]["first"] + report["events"]["last"], report.get("exit")
     diverged = [event["text"] for event in events if event["kind"] == "diverged"]
     if diverged:
-        sentence = f"This run diverged: {diverged[0]}."
-    elif ended and isinstance(ended, int | str):
-        sentence = f"Exit: {ended}"
-    else:
-        return ""
-    return f'<p class="notice" role="note">{_e(sentence)}</p>'
+        return tag("p", f"This run diverged: {diverged[0]}.", class_="notice")
+    return tag("p", f"Exit: {ended}", class_="notice") if ended and isinstance(ended, int | str) else Html()
 
 
 def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -405,9 +422,9 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if accuracy is not None:
         alone = report["solo_accuracy"]
         better = "on test data" if alone is None else f"{100 * (accuracy - alone):+.1f} points to one worker alone"
-        yield "Accuracy", _percent(accuracy), better.replace("-", "−")
+        yield "Accuracy", _percent(accuracy), better
     if loss is not None:
-        alone = report.get("solo_loss")
+        alone = report["solo_loss"]
         yield "Test loss", _short(loss), "of the center" if alone is None else f"one worker alone {_short(alone)}"
     yield "Samples per second", _count(report["samples_per_s"]), "all workers together"
     yield "Updates", _count(report["updates"]), f"in {_duration(report['seconds'])}"
@@ -417,23 +434,22 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "Fairness", _short(report["fairness"]), "Jain index of updates; 1 is even"
 
 
-def _tile(name: str, figure: str, note: str) -> str:
-    return f"<div><dt>{_e(name)}</dt><dd><b>{_e(figure)}</b><small>{_e(note)}</small></dd></div>"
+def _tile(name: str, figure: str, note: str) -> Html:
+    return tag("div", tag("dt", name), tag("dd", tag("b", figure), tag("small", note)))
 
 
-def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[str]:
-    curves, center, solo = report["curves"], report["curve"], report["solo_curve"]
-    few = len(colors) <= COLORS
+def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[Html]:
+    curves, center, few = report["curves"], report["curve"], len(colors) <= COLORS
     for x, words in (("time_s", "time"), ("updates", "updates")):
         traces = list(curves["workers"].items())[:LINES]
         lines = [Line(name if few else "", _points(trace, x), colors[name]) for name, trace in traces]
         lines += [] if few else [Line("all workers", _points(curves["loss"], x), "c0")]
         lines.append(Line("center, test data", _samples(center, x, "loss"), "ink"))
         yield _chart(f"Loss over {words}", "Training loss of the workers, moving average.", lines, x, "loss")
-    lines = [Line("center", _samples(center, "time_s", "accuracy"), "ink")]
-    end_s = max((time_s for time_s, _ in lines[0].points), default=0.0)
-    alone = [point for point in _samples(solo, "time_s", "accuracy") if point[0] <= end_s]
-    lines.insert(0, Line("one worker alone", alone, "soft"))
+    reached = Line("center", _samples(center, "time_s", "accuracy"), "ink")
+    end_s = max((time_s for time_s, _ in reached.points), default=0.0)
+    alone = [point for point in _samples(report["solo_curve"], "time_s", "accuracy") if point[0] <= end_s]
+    lines = [Line("one worker alone", alone, "soft"), reached]
     level = ("one worker alone, in the end:", report["solo_accuracy"])
     yield _chart("Accuracy over time", "On test data.", lines, "time_s", "percent", level)
     lines = [Line(way, _points(curve, "time_s"), f"c{i}") for i, (way, curve) in enumerate(curves["bytes"].items())]
@@ -448,32 +464,33 @@ def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[st
         yield _chart(f"{title} over updates", f"{sentence} Moving average.", lines, "updates", "", ("bound", bound))
 
 
-def _lags(lags: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str]) -> str:
+def _lags(lags: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
     """Small multiples: one histogram per worker, all on the same scales."""
-    shown = {name: lag for name, lag in list(lags.items())[:PANELS] if lag["histogram"]}
+    lags = {name: lag for name, lag in lags.items() if lag["histogram"]}
+    shown = [name for name in colors if name in lags][:PANELS]
     if not shown:
-        return ""
-    width = max(int(lag) for found in shown.values() for lag in found["histogram"]) // BINS + 1
-    shares = {name: _shares(lag["histogram"], width) for name, lag in shown.items()}
+        return Html()
+    width = max(int(lag) for name in shown for lag in lags[name]["histogram"]) // BINS + 1
+    shares = {name: _shares(lags[name]["histogram"], width) for name in shown}
     last, top = max(max(share) for share in shares.values()), max(max(share.values()) for share in shares.values())
     panels = []
-    for name, lag in shown.items():
+    for name in shown:
+        words = f"median {_short(lags[name]['median'])}, at most {_short(lags[name]['max'])}"
         bars, step = [], 100 / (last + 1)
         for i, share in sorted(shares[name].items()):
-            tall, of = 100 * share / top, f"{i * width}" if width == 1 else f"{i * width} to {(i + 1) * width - 1}"
-            bars.append(f'<rect x="{(i + 0.1) * step:.2f}%" width="{0.8 * step:.2f}%" y="{100 - tall:.2f}%" ')
-            bars.append(f'height="{tall:.2f}%"><title>lag {of}: {_percent(share)} of updates</title></rect>')
-        words = f"median {_short(lag['median'])}, at most {_short(lag['max'])}"
-        panels.append(
-            f"<figure><figcaption><bdi>{_e(name)}</bdi><small>{_e(words)}</small></figcaption>"
-            f'<svg class="bars {colors[name]}" role="img" aria-label="{_e(f"Lag of {name}: {words}")}">{"".join(bars)}'
-            f'</svg><div class="ends" aria-hidden="true"><span>0</span><span>{last * width or ""}</span></div></figure>'
-        )
-    more = f" {len(lags) - PANELS} more workers are in report.json." if len(lags) > PANELS else ""
-    return (
-        '<section class="card"><h2>Lag</h2><p>Updates that the center took between a worker’s pull and its push: how '
-        f'often each lag came, per worker.{more}</p><div class="panels">{"".join(panels)}</div></section>'
-    )
+            of = f"{i * width}" if width == 1 else f"{i * width} to {(i + 1) * width - 1}"
+            x, y = f"{(i + 0.1) * step:.2f}%", f"{100 - 100 * share / top:.2f}%"
+            told = tag("title", f"lag {of}: {_percent(share)} of updates")
+            bars.append(tag("rect", told, x=x, width=f"{0.8 * step:.2f}%", y=y, height=f"{100 * share / top:.2f}%"))
+        picture = tag("svg", bars, class_=f"bars {colors[name]}", role="img", aria_label=f"Lag of {name}: {words}")
+        caption = tag("figcaption", tag("bdi", name), tag("small", words))
+        ends = tag("div", tag("span", "0"), tag("span", str(last * width or "")), class_="ends", aria_hidden="true")
+        panels.append(tag("figure", caption, picture, ends))
+    sentence = "Updates that the center took between a worker's pull and its push: how often each lag came."
+    if len(lags) > PANELS:
+        sentence += f" {len(lags) - PANELS} more workers are in report.json."
+    panel = tag("div", panels, class_="panels")
+    return tag("section", tag("h2", "Lag per worker"), tag("p", sentence), panel, class_="card")
 
 
 def _shares(histogram: Mapping[str, int], width: int) -> dict[int, float]:
@@ -483,65 +500,60 @@ def _shares(histogram: Mapping[str, int], width: int) -> dict[int, float]:
     return {i: number / counts.total() for i, number in counts.items()}
 
 
-def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> str:
+def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
     rows = []
     for row in report["workers"][:ROWS]:
         name, lag = row["name"], report["lag"]["workers"].get(row["name"], {})
         cells = [_count(row["updates"]), _count(row["steps"]), _count(row["samples_per_s"])]
         cells += [_short(lag.get("median")), _short(lag.get("max")), _size(row["bytes_up"]), _size(row["bytes_down"])]
         cells += [_count(row["rejected"]), _duration(_exchange(row, "stalled_s")), _count(_exchange(row, "hidden"))]
-        head = f'<th scope="row"><i class="{colors[name]}"></i><bdi>{_e(name)}</bdi></th>'
-        rows.append(head + "".join(f"<td>{_e(cell)}</td>" for cell in cells))
-    more = len(report["workers"]) - ROWS
-    after = f"<p>{more} more workers are in report.json.</p>" if more > 0 else ""
+        head = tag("th", tag("i", class_=colors[name]), tag("bdi", name), scope="row")
+        rows.append(together(head, (tag("td", cell) for cell in cells)))
     heads = "Worker|Updates|Steps|Samples/s|Lag, median|Lag, most|Up|Down|Refused|Stalled|Hidden"
-    return _table("Workers", heads, rows, "numbers") + after
-
-
-def _events(events: Mapping[str, Any]) -> str:
-    items = []
-    left_out = sum(events["counts"].values()) - len(events["first"]) - len(events["last"])
-    gap = [{"time_s": None, "kind": "more", "text": f"{_count(left_out)} events are left out here"}] if left_out else []
-    for event in events["first"] + gap + events["last"]:
-        kind = "bad" if event["kind"] in BAD else "fine"
-        items.append(f'<li><time>{_e(_duration(event["time_s"]))}</time><b class="{kind}">{_e(event["kind"])}</b>')
-        items.append(f"<span>{_e(event['text'])}</span></li>")
-    counts = ", ".join(f"{kind} {_count(number)}" for kind, number in list(events["counts"].items())[:BINS])
-    listed = f'<ol role="region" aria-label="Events" tabindex="0">{"".join(items)}</ol>' if items else ""
-    return f"<p>{_e(counts or 'The run log tells of none.')}</p>{listed}"
-
-
-def _settings(settings: Sequence[Mapping[str, Any]]) -> str:
-    """Those that somebody chose, and the defaults folded away below them."""
-    chosen, default = [], []
-    for row in settings:
-        cells = (
-            f'<th scope="row"><code>{_e(row.get("name"))}</code></th><td><code>{_e(_value(row.get("value")))}</code>'
-        )
-        cells += f"</td><td>{_e(row.get('origin'))}</td><td>{_e(row.get('description'))}</td>"
-        (default if row.get("origin") == "default" else chosen).append(cells)
-    heads = "Setting|Value|From|Meaning"
-    shown = _table("Chosen settings", heads, chosen, "words") if chosen else "<p>All are at their default.</p>"
-    folded = f"<details><summary>At the default: {len(default)}</summary>"
-    return shown + (f"{folded}{_table('Defaults', heads, default, 'words')}</details>" if default else "")
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    pairs = (f"<div><dt>{_e(name)}</dt><dd>{_e(_value(value))}</dd></div>" for name, value in facts.items())
-    return f'<dl class="facts">{"".join(pairs)}</dl>' if facts else "<p>Not recorded.</p>"
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _table(name: str, heads: str, rows: Sequence[str], kind: str) -> str:
-    head = "".join(f'<th scope="col">{title}</th>' for title in heads.split("|"))
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return (
-        f'<div class="wide" role="region" aria-label="{name}" tabindex="0"><table class="{kind}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    more = len(report["workers"]) - ROWS
+    return together(
+        _table("Workers", heads, rows, "numbers"),
+        tag("p", f"{more} more are in report.json.") if more > 0 else "",
     )
+
+
+def _events(events: Mapping[str, Any]) -> Html:
+    left_out = sum(events["counts"].values()) - len(events["first"]) - len(events["last"])
+    gap = [{"time_s": None, "kind": "more", "text": f"{_count(left_out)} are left out here"}] if left_out else []
+    items = []
+    for event in events["first"] + gap + events["last"]:
+        kind = tag("b", event["kind"], class_="bad" if event["kind"] in BAD else "fine")
+        items.append(tag("li", tag("time", _duration(event["time_s"])), kind, tag("span", event["text"])))
+    counts = ", ".join(f"{kind} {_count(number)}" for kind, number in events["counts"].items())
+    listed = tag("ol", items, role="region", aria_label="Events", tabindex=0) if items else ""
+    return together(tag("p", counts or "The run log tells of none."), listed)
+
+
+def _settings(settings: Sequence[Mapping[str, Any]]) -> Html:
+    """Those that somebody chose, and the defaults folded away below them."""
+    chosen: list[Html] = []
+    default: list[Html] = []
+    for row in settings:
+        head = tag("th", tag("code", str(row.get("name"))), scope="row")
+        cells = [tag("code", _text(row.get("value"))), _text(row.get("origin")), _text(row.get("description"))]
+        rows = default if row.get("origin") == "default" else chosen
+        rows.append(together(head, (tag("td", cell) for cell in cells)))
+    heads = "Setting|Value|From|Meaning"
+    shown = _table("Chosen settings", heads, chosen, "words") if chosen else tag("p", "All are at their default.")
+    folded = tag("summary", f"{len(default)} more, at their default"), _table("Defaults", heads, default, "words")
+    return together(shown, tag("details", *folded) if default else "")
+
+
+def _facts(facts: Mapping[str, Any]) -> Html:
+    pairs = (tag("div", tag("dt", name), tag("dd", _text(value))) for name, value in facts.items())
+    return tag("dl", pairs, class_="facts") if facts else tag("p", "Not recorded.")
+
+
+def _table(name: str, heads: str, rows: Iterable[Html], kind: str) -> Html:
+    """A table in a box of its own, which scrolls where it is wider than the page."""
+    head = tag("thead", tag("tr", (tag("th", title, scope="col") for title in heads.split("|"))))
+    table = tag("table", head, tag("tbody", (tag("tr", row) for row in rows)), class_=kind)
+    return tag("div", table, class_="wide", role="region", aria_label=name, tabindex=0)
 
 
 # Figures as people read them
@@ -550,7 +562,7 @@ SCALES: Mapping[str, Sequence[tuple[float, float, str]]] = {
     "time_s": ((172_800, 86_400, "d"), (7200, 3600, "h"), (120, 60, "min"), (0, 1, "s")),
     "bytes": ((1e12, 1e12, "TB"), (1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB"), (0, 1, "B")),
     "updates": ((2e6, 1e6, "M"), (2e4, 1e3, "k"), (0, 1, "")),
-    "percent": ((0, 0.01, "%"),),
+    "percent": ((-math.inf, 0.01, "%"),),
 }
 """Kind of value -> (from what size on, unit, its name); any other kind stands as it is."""
 
@@ -561,7 +573,7 @@ def _unit(value: float, kind: str) -> tuple[float, str]:
 
 def _scaled(value: float | None, kind: str, form: str) -> str:
     if value is None:
-        return "–"
+        return UNKNOWN
     unit, name = _unit(value, kind)
     return f"{value / unit:{form}} {name}".strip()
 
@@ -573,10 +585,14 @@ _short = partial(_scaled, kind="", form=".3g")
 
 
 def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return UNKNOWN if value is None else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-# Charts: lines in an inline SVG that stretches to any width while its text stays as it is
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else UNKNOWN if value is None else json.dumps(value)
+
+
+# Charts: curves in an inline SVG that stretches to any width while its text stays as it is
 
 
 class Line(NamedTuple):
@@ -585,51 +601,6 @@ class Line(NamedTuple):
     name: str
     points: list[tuple[float, float]]
     color: str
-
-
-def _points(columns: Mapping[str, list[float]], x: str) -> list[tuple[float, float]]:
-    return list(zip(columns[x], columns["value"], strict=True))
-
-
-def _samples(curve: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    """Points of one of the summary's own curves; thinned, and without those where something is missing."""
-    pairs = [(_number(point.get(x)), _number(point.get(y))) for point in curve]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return known[:: len(known) // POINTS + 1] + known[-1:]
-
-
-def _chart(title: str, sentence: str, lines: list[Line], x: str, y: str, level: tuple[str, Any] = ("", None)) -> str:
-    """A figure with title, key, and words for those who cannot see it; nothing where nothing is known."""
-    lines = [line for line in lines if line.points]
-    if not lines:
-        return ""
-    bounds = [level[1]] if level[1] is not None else []
-    across = _axis([a for line in lines for a, _ in line.points], x)
-    up = _axis([b for line in lines for _, b in line.points] + bounds, y)
-    named = [line for line in lines if line.name]
-    key = [f'<li><i class="{line.color}"></i><bdi>{_e(line.name)}</bdi></li>' for line in named]
-    marks, paths, over = [], [], []
-    for tick in up.ticks:
-        marks.append(f'<line x2="100%" y1="{up.down(tick)}" y2="{up.down(tick)}"/>')
-        marks.append(f'<text class="y" x="-8" y="{up.down(tick)}" dy=".32em">{_e(up.label(tick))}</text>')
-    for tick in across.ticks:
-        marks.append(f'<text class="x" x="{across.right(tick)}" y="100%" dy="1.6em">{_e(across.label(tick))}</text>')
-    for line in lines:
-        corners = "L".join(f"{1000 * across.place(a):.1f} {1000 - 1000 * up.place(b):.1f}" for a, b in line.points)
-        paths.append(f'<path class="{line.color}" d="M{corners}"/>')
-    for bound in bounds:
-        over.append(f'<line class="level" x2="100%" y1="{up.down(bound)}" y2="{up.down(bound)}"/>')
-        key.append(f'<li><i class="level"></i>{_e(f"{level[0]} {up.label(bound)}")}</li>')
-    if lines[-1].color == "ink":
-        a, b = lines[-1].points[-1]
-        over.append(f'<circle cx="{across.right(a)}" cy="{up.down(b)}" r="4"/>')
-    spoken = "; ".join(f"{i.name} from {up.label(i.points[0][1])} to {up.label(i.points[-1][1])}" for i in named)
-    return (
-        f'<figure class="card"><figcaption><h2>{_e(title)}</h2><p>{_e(sentence)}</p></figcaption><div class="plot">'
-        f'<svg role="img" aria-label="{_e(f"{title}: {spoken}")}">{"".join(marks)}<svg class="curves" '
-        f'viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(paths)}</svg>{"".join(over)}</svg></div>'
-        f'<ul class="key">{"".join(key) if len(key) > 1 else ""}</ul></figure>'
-    )
 
 
 class Axis(NamedTuple):
@@ -646,8 +617,55 @@ class Axis(NamedTuple):
         return f"{100 - 100 * self.place(value):.2f}%"
 
 
+def _points(columns: Mapping[str, list[float]], x: str) -> list[tuple[float, float]]:
+    return list(zip(columns[x], columns["value"], strict=True))
+
+
+def _samples(curve: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
+    """Points of one of the summary's own curves; thinned, and without those where something is missing."""
+    pairs = [(_number(point.get(x)), _number(point.get(y))) for point in curve]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return known[:: len(known) // POINTS + 1] + known[-1:]
+
+
+def _chart(title: str, sentence: str, lines: list[Line], x: str, y: str, level: tuple[str, Any] = ("", None)) -> Html:
+    """A figure with title, key, and words for those who cannot see it; nothing where nothing is known."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return Html()
+    bounds = [level[1]] if level[1] is not None else []
+    across = _axis([a for line in lines for a, _ in line.points], x)
+    up = _axis([b for line in lines for _, b in line.points] + bounds, y)
+    named = [line for line in lines if line.name]
+    key = [tag("li", tag("i", class_=line.color), tag("bdi", line.name)) for line in named]
+    marks, paths, over = [], [], []
+    for tick in up.ticks:
+        marks.append(tag("line", x2="100%", y1=up.down(tick), y2=up.down(tick)))
+        marks.append(tag("text", up.label(tick), class_="y", x=-8, y=up.down(tick), dy=".32em"))
+    marks += [tag("text", across.label(tick), x=across.right(tick), y="100%", dy="1.6em") for tick in across.ticks]
+    for line in lines:
+        corners = (f"{1000 * across.place(a):.1f} {1000 - 1000 * up.place(b):.1f}" for a, b in line.points)
+        paths.append(tag("path", class_=line.color, d=f"M{'L'.join(corners)}"))
+    for bound in bounds:
+        over.append(tag("line", class_="level", x2="100%", y1=up.down(bound), y2=up.down(bound)))
+        key.append(tag("li", tag("i", class_="level"), f"{level[0]} {up.label(bound)}"))
+    if lines[-1].color == "ink":
+        a, b = lines[-1].points[-1]
+        over.append(tag("circle", cx=across.right(a), cy=up.down(b), r=4))
+    curves = tag("svg", paths, viewBox="0 0 1000 1000", preserveAspectRatio="none")
+    spoken = "; ".join(f"{i.name} from {up.label(i.points[0][1])} to {up.label(i.points[-1][1])}" for i in named)
+    picture = tag("svg", marks, curves, over, role="img", aria_label=f"{title}: {spoken}")
+    return tag(
+        "figure",
+        tag("figcaption", tag("h2", title), tag("p", sentence)),
+        tag("div", picture, class_="plot"),
+        tag("ul", key, class_="key") if len(key) > 1 else "",
+        class_="card",
+    )
+
+
 def _axis(values: Sequence[float], kind: str) -> Axis:
-    """The scale of one kind of value: of `SCALES`, `loss` (logarithmic where it spans much), or any other."""
+    """The scale for values of a kind of `SCALES`, for `loss` (logarithmic where it spans much), or any other."""
     low, high = min(values), max(values)
     if kind == "loss" and low > 0 and high / low > 20:
         a, b = math.log10(low / 1.1), math.log10(high * 1.1)
@@ -694,7 +712,7 @@ overflow:hidden;background:var(--line)}
 .tiles b{display:block;font-size:1.55rem;font-weight:620;letter-spacing:-.01em;line-height:1.35}
 .charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
 .plot{padding:18px 10px 26px 48px}.plot svg{display:block;width:100%;height:220px;overflow:visible}
-.plot text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}.y{text-anchor:end}.x{text-anchor:middle}
+.plot text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums;text-anchor:middle}.y{text-anchor:end}
 .plot line{stroke:var(--line)}.plot .level{stroke:var(--soft);stroke-dasharray:2 4;stroke-width:1.5}
 .plot circle{fill:var(--ink);stroke:var(--card);stroke-width:2}
 path{fill:none;stroke:var(--c);stroke-width:1.75;stroke-linejoin:round;vector-effect:non-scaling-stroke}
@@ -706,24 +724,29 @@ path.ink{stroke-width:2.5}path.soft{stroke-dasharray:5 4}path.many{stroke-width:
 background:var(--c)}i.level,i.soft{background:repeating-linear-gradient(90deg,var(--soft) 0 4px,transparent 4px 7px)}
 bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:16em}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:20px 28px}
-.panels figure{margin:0;min-width:0}.panels figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:6px}
+.panels figure{margin:0;min-width:0}
+.panels figcaption{display:flex;justify-content:space-between;gap:8px;margin-bottom:6px}
 .panels bdi{font-weight:600;font-size:.875rem}.panels small{white-space:nowrap}
 .bars{display:block;width:100%;height:76px;border-bottom:1px solid var(--line)}.bars rect{fill:var(--c)}
 .ends{display:flex;justify-content:space-between;font-size:12px;color:var(--soft)}
 .wide,ol{overflow:auto;max-width:100%}table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:8px}
 th,td{padding:7px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:baseline}
 th:first-child{padding-left:0}tbody tr:last-child>*{border-bottom:0}thead th{color:var(--soft);font-weight:500;
-font-size:.8rem;white-space:nowrap}tbody th{font-weight:500}.numbers :is(td,th+th){text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}tbody th i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px}
+font-size:.8rem;white-space:nowrap}tbody th{font-weight:500}
+.numbers :is(td,th+th){text-align:right;white-space:nowrap;
+font-variant-numeric:tabular-nums}
+tbody th i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px}
 .numbers bdi{display:inline-block;vertical-align:bottom}.words td:last-child{min-width:16em;color:var(--soft)}
 .words td{overflow-wrap:anywhere}.words td:nth-child(2){min-width:8em}.words td:nth-child(3){color:var(--soft)}
 code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 ol{list-style:none;margin:8px 0 0;padding:0;max-height:330px;font-size:.875rem}
 ol li{display:grid;grid-template-columns:5.2em 6.6em minmax(0,1fr);gap:4px 10px;padding:5px 0;border-bottom:1px solid
 var(--line)}ol li:last-child{border:0}time{color:var(--soft);font-variant-numeric:tabular-nums}ol span,ol b{
-overflow-wrap:anywhere}ol b{font-weight:500}ol .bad{color:var(--bad)}summary{cursor:pointer;margin-top:14px;font-size:.875rem}
+overflow-wrap:anywhere}ol b{font-weight:500}ol .bad{color:var(--bad)}
+summary{cursor:pointer;margin-top:14px;font-size:.875rem}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:12px 20px;margin:8px 0 0}
-.facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;overflow-wrap:anywhere}footer{font-size:.8rem;padding:0 4px}
+.facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;overflow-wrap:anywhere}
+footer{font-size:.8rem;padding:0 4px}
 :focus-visible{outline:2px solid var(--c0);outline-offset:2px;border-radius:4px}
 @media(max-width:640px){.card{padding:16px}.tiles{padding:0}.tiles>div{padding:14px 16px}.plot{padding-left:42px}
 ol li{grid-template-columns:5.2em 1fr}ol span{grid-column:1/-1}}
@@ -742,15 +765,7 @@ PAGE = Template("""<!doctype html>
 </head>
 <body>
 <main>
-<header><p>$facts</p><h1>$result</h1>$notice</header>
-<dl class="tiles card" aria-label="Key figures">$tiles</dl>
-<div class="charts">$charts</div>
-$lags
-<section class="card"><h2>Workers</h2>$workers</section>
-<section class="card"><h2>Events</h2>$events</section>
-<section class="card"><h2>Settings</h2>$settings</section>
-<section class="card"><h2>Versions</h2>$versions</section>
-<section class="card"><h2>Seeds</h2>$seeds</section>
+$body
 <footer>All figures, and the points of every curve, are in report.json beside this page.</footer>
 </main>
 </body>

@@ -127,7 +127,9 @@ class Trainer:
         self.unknown: set[int] = set()
         self.reported: set[int] = set()
         """Lost in a crash, and told so."""
-        self.seen = self.durable = NOWHERE
+        self.seen = NOWHERE
+        self.durable: dict[int, Version] = {}
+        """What each epoch of the server last told to be durable."""
         self.failed: Any = None
 
     def __repr__(self) -> str:
@@ -161,7 +163,7 @@ class Trainer:
         match wire.decode(frames):
             case Ack(outcome="applied", number=number) as ack if number:
                 self.versions[ack.session, number] = ack.version
-                self.durable = max(self.durable, ack.durable)
+                self.durable[ack.durable.epoch] = max(ack.durable, self.durable.get(ack.durable.epoch, NOWHERE))
             case Welcome() as welcome:
                 here = self.core.membership.token, self.core.membership.connection
                 if (welcome.session, welcome.connection) != here:
@@ -525,7 +527,8 @@ def check_counting(cluster: Cluster) -> None:
         for s, version in trainer.applied.items():
             survives = cluster.survives(version)
             assert row[s] == survives, f"{trainer}: update {s} of version {version} is {row[s]}, expected {survives}"
-            assert survives or version > trainer.durable, f"{trainer}: update {s} was durable and is lost"
+            durable = max((d for epoch, d in trainer.durable.items() if epoch <= version.epoch), default=NOWHERE)
+            assert survives or version > durable, f"{trainer}: update {s} was durable and is lost"
             assert survives or trainer.dead or s in trainer.reported, f"{trainer}: update {s} was lost, nobody said so"
         for s in trainer.rejected:
             assert not row[s], f"{trainer}: update {s} was rejected and is applied"

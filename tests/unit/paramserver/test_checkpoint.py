@@ -169,7 +169,6 @@ def test_a_save_that_ends_anywhere_leaves_the_new_checkpoint_or_the_one_before(
     for fatal in itertools.count():
         path = tmp_path / str(fatal)
         with closing(Directory.open(path)) as directory:
-            save(directory, Version(1, 5), seed=5)
             save(directory, FIRST, seed=0)
             with monkeypatch.context() as patched:
                 steps = Steps(patched, fatal, fault)
