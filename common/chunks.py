@@ -110,8 +110,13 @@ def _pack(blocks: list[Block]) -> tuple[Chunk, ...]:
     chunks: list[Chunk] = []
     first = 0
     for index, block in enumerate(blocks):
-        full = index + 1 == len(blocks) or blocks[index + 1].offset + blocks[index + 1].size - blocks[first].offset > CHUNK_BYTES
+        full = (
+            index + 1 == len(blocks)
+            or blocks[index + 1].offset + blocks[index + 1].size - blocks[first].offset > CHUNK_BYTES
+        )
         if full:
-            chunks.append(Chunk(first, index + 1, blocks[first].offset, block.offset + block.size - blocks[first].offset))
+            chunks.append(
+                Chunk(first, index + 1, blocks[first].offset, block.offset + block.size - blocks[first].offset)
+            )
             first = index + 1
     return tuple(chunks)

@@ -26,7 +26,9 @@ def load(package: str, name: str, *, attribute: str, kind: str, helpers: Collect
     """The value `attribute` of the module `package.name`; an unknown name lists the nearest and all there are."""
     known = names(package, helpers=helpers)
     if name not in known:
-        raise ConfigError(f"There is no {kind} named '{name}'{nearest(name, known)}.", fix=f"Known: {', '.join(known)}.")
+        raise ConfigError(
+            f"There is no {kind} named '{name}'{nearest(name, known)}.", fix=f"Known: {', '.join(known)}."
+        )
     return getattr(importlib.import_module(f"{package}.{name}"), attribute)
 
 

@@ -72,13 +72,19 @@ class Layout(NamedTuple):
             names.setdefault(id(tensor), []).append(name)
             found.setdefault(id(tensor), (tensor, kind))
         tensors = [
-            Tensor(names[key][0], tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kind, tuple(names[key][1:]))
+            Tensor(
+                names[key][0],
+                tuple(tensor.shape),
+                str(tensor.dtype).removeprefix("torch."),
+                kind,
+                tuple(names[key][1:]),
+            )
             for key, (tensor, kind) in found.items()
         ]
-        for tensor in tensors:
-            if tensor.kind == "parameter" and tensor.dtype not in DTYPES:
-                raise UsageError(f"Cannot exchange {tensor}: parameters must be {', '.join(DTYPES)}.")
-        if not any(tensor.kind == "parameter" and tensor.elements for tensor in tensors):
+        for described in tensors:
+            if described.kind == "parameter" and described.dtype not in DTYPES:
+                raise UsageError(f"Cannot exchange {described}: parameters must be {', '.join(DTYPES)}.")
+        if not any(described.kind == "parameter" and described.elements for described in tensors):
             raise UsageError("The model has no parameters to train.", fix="Join after the model is built.")
         return cls(tuple(sorted(tensors, key=_order)))
 
@@ -168,7 +174,11 @@ def _plain(name: str) -> str:
 def _tensor(row: Any) -> Tensor:
     name, shape, dtype, kind, aliases = row
     plain = [name, dtype, kind, *aliases]
-    if not all(type(text) is str and len(text) <= 1024 for text in plain) or kind not in ("parameter", "buffer", "local"):
+    if not all(type(text) is str and len(text) <= 1024 for text in plain) or kind not in (
+        "parameter",
+        "buffer",
+        "local",
+    ):
         raise ValueError("names")
     if kind != "local" and dtype not in DTYPES:
         raise ValueError("dtype")

@@ -276,5 +276,20 @@ class Answer:
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Begin | Push | Grant | Chunk | Commit | Ack | More | Pull | Offer | Beat | Bye | Fault | Query | Answer
+    Hello
+    | Welcome
+    | Begin
+    | Push
+    | Grant
+    | Chunk
+    | Commit
+    | Ack
+    | More
+    | Pull
+    | Offer
+    | Beat
+    | Bye
+    | Fault
+    | Query
+    | Answer
 )

@@ -63,7 +63,9 @@ def decode(frames: Sequence[Buffer]) -> Message:
         if not kind.has_payload:
             raise WireError(f"{kind.cls.__name__} carries no payload.")
         if len(frames[1]) > PAYLOAD_BYTES:
-            raise WireError(f"The payload has {len(frames[1])} bytes, at most {PAYLOAD_BYTES} are allowed.", code=Code.LIMIT)
+            raise WireError(
+                f"The payload has {len(frames[1])} bytes, at most {PAYLOAD_BYTES} are allowed.", code=Code.LIMIT
+            )
         values["payload"] = frames[1]
     return cast(Message, kind.cls(**values))
 

@@ -35,7 +35,9 @@ DETAILS_INTERVAL_S = 0.1
 class Applying:
     """Complete pushes, one after the other."""
 
-    def __init__(self, state: ServerState, out: Outbox, order: WorkOrder, downlink: Downlink, rates: Throughput) -> None:
+    def __init__(
+        self, state: ServerState, out: Outbox, order: WorkOrder, downlink: Downlink, rates: Throughput
+    ) -> None:
         self._state = state
         self._out = out
         self._order = order
@@ -81,8 +83,12 @@ class Applying:
         """The center is no longer finite: take nothing more, and keep the last checkpoint."""
         state = self._state
         if not state.diverged:
-            state.diverged = f"The center is not finite since version {state.version}, after an update of {session.worker}."
-            self._out.say("error", f"{state.diverged} Updates are refused; the last checkpoint ({state.durable}) is kept.")
+            state.diverged = (
+                f"The center is not finite since version {state.version}, after an update of {session.worker}."
+            )
+            self._out.say(
+                "error", f"{state.diverged} Updates are refused; the last checkpoint ({state.durable}) is kept."
+            )
             self._out.record("diverged", worker=session.worker, version=state.version.version)
 
     def _start(

@@ -231,7 +231,7 @@ class ServerCore:
                 raise PeerError(Code.UNEXPECTED, f"A server takes no {type(message).__name__}.")
 
     def _session(self, message: Any, peer: bytes) -> Session | None:
-        """The session a message belongs to, its lease renewed; None where it is stale, foreign or of an old connection."""
+        """The session a message belongs to, its lease renewed; None where it is stale, foreign, or of another time."""
         session = self.sessions.get(message.session)
         if session is not None and session.live and session.peer == peer and session.connection == message.connection:
             session.lease_end = self.state.now + self.settings.lease_s
@@ -239,7 +239,9 @@ class ServerCore:
             session.malformed = 0
             return session
         self.drained += 1
-        of_old_connection = session is not None and session.live and session.peer and session.connection > message.connection
+        of_old_connection = (
+            session is not None and session.live and session.peer and session.connection > message.connection
+        )
         if not of_old_connection and not isinstance(message, Chunk):
             sentence = "This session is unknown, expired, or of another connection."
             self.out.fault(peer, PeerError(Code.STALE, sentence, fix="Say Hello again."))
@@ -252,7 +254,9 @@ class ServerCore:
             return
         session.malformed += 1
         if session.malformed >= self.settings.malformed_in_a_row:
-            self.out.say("warning", f"{session.worker}: {session.malformed} malformed messages in a row; session ended.")
+            self.out.say(
+                "warning", f"{session.worker}: {session.malformed} malformed messages in a row; session ended."
+            )
             self._end(session, "malformed messages")
 
     def _beat(self, session: Session, beat: Beat) -> None:
@@ -335,7 +339,9 @@ class ServerCore:
             if (shard := self.shard) is not None:
                 shard.decisions, _ = state.rule.leave(state.config, shard.decisions, session.worker)
             self.out.say("info", f"{session.worker} left ({reason}); {len(self.members)} workers.")
-        self.out.record("leave", worker=session.worker, role=session.role, reason=reason, updates=session.counters.updates)
+        self.out.record(
+            "leave", worker=session.worker, role=session.role, reason=reason, updates=session.counters.updates
+        )
         if not self.state.initialised and not self.members:
             self.state.model = None  # nobody stands for this model any more
 

@@ -226,9 +226,13 @@ class Daemon:
     def _fail(self, error: BaseException) -> None:
         """Nothing sensible can go on: end without saving what may be half changed."""
         if self._failure is None:
-            self._failure = error if isinstance(error, ParamserverError) else KernelError(
-                f"The server failed: {type(error).__name__}: {error}.",
-                fix="Restart it: it goes on from its last checkpoint. Please report this.",
+            self._failure = (
+                error
+                if isinstance(error, ParamserverError)
+                else KernelError(
+                    f"The server failed: {type(error).__name__}: {error}.",
+                    fix="Restart it: it goes on from its last checkpoint. Please report this.",
+                )
             )
             self._failure.__cause__ = error if error is not self._failure else None
         self._stopped.set()
@@ -237,8 +241,11 @@ class Daemon:
 def warm(settings: ServerSettings) -> None:
     """Compile or load every kernel these settings use, before anybody waits for one."""
     layout = Layout(
-        (Tensor("body", (64, 64), "float32", "parameter"), Tensor("dense", (7,), "float32", "parameter"))
-        + (Tensor("buffer", (3,), "float32", "buffer"),)
+        (
+            Tensor("body", (64, 64), "float32", "parameter"),
+            Tensor("dense", (7,), "float32", "parameter"),
+            Tensor("buffer", (3,), "float32", "buffer"),
+        )
     )
     rule = rules.load(settings.rule)
     shard = Shard(

@@ -69,7 +69,7 @@ class Downlink:
         if len(plan.chunks) > 1:
             return Send(peer, wire.encode(announce(reply, b"")))
         out.sent = out.reading = 1
-        return Send(peer, wire.encode(announce(reply, memoryview(data[: plan.bytes]))), hold=reply.id)
+        return Send(peer, wire.encode(announce(reply, data.data)), hold=reply.id)
 
     def more(self, reply_id: int, session: str, connection: int, until: int) -> list[Send]:
         """The chunks below `until` that were not sent yet."""
@@ -79,7 +79,7 @@ class Downlink:
         sends = []
         while out.sent < min(until, len(out.plan.chunks)):
             piece = out.plan.chunks[out.sent]
-            payload = memoryview(out.data[piece.offset : piece.offset + piece.size])
+            payload = out.data[piece.offset : piece.offset + piece.size].data
             message = Chunk(session, connection, reply_id, out.sent, payload)
             sends.append(Send(out.peer, wire.encode(message), hold=reply_id))
             out.sent += 1
@@ -99,7 +99,8 @@ class Downlink:
             self._settle(out)
 
     def _settle(self, out: Outgoing) -> None:
-        if out.finished and self._outgoing.pop(out.reply.id, None):
+        if out.finished and out.reply.id in self._outgoing:
+            del self._outgoing[out.reply.id]
             out.done()
 
     def validate(self) -> None:

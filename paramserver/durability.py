@@ -110,7 +110,9 @@ class Durability:
         def start() -> Work:
             sources.update(self._arrays())
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.size == sources[name].size}
-            self._shadow = {name: kept[name] if name in kept else zeros(source.size, np.float32) for name, source in sources.items()}
+            self._shadow = {
+                name: kept[name] if name in kept else zeros(source.size, np.float32) for name, source in sources.items()
+            }
             shard = self._state.hosted.shard
             return shard.copy_work(list(sources.values()), [self._shadow[name] for name in sources])
 

@@ -20,7 +20,9 @@ def check_begin(begin: Begin, plan: Plan, version: Version) -> None:
     if begin.codec != plan.codec:
         raise PeerError(Code.UNKNOWN_CODEC, f"The transfer is in codec '{begin.codec}', agreed is '{plan.codec}'.")
     if begin.bytes != plan.bytes:
-        raise PeerError(Code.BAD_LENGTH, f"The transfer has {begin.bytes:,} bytes; in '{plan.codec}' it has {plan.bytes:,}.")
+        raise PeerError(
+            Code.BAD_LENGTH, f"The transfer has {begin.bytes:,} bytes; in '{plan.codec}' it has {plan.bytes:,}."
+        )
     if begin.base > version:
         raise PeerError(Code.BASE_VERSION, f"The update is based on version {begin.base}; the center is at {version}.")
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
-from common.messages import Hello, Welcome
+from common.messages import Hello, Scalar, Welcome
 from common.rules.base import OptimizerFacts
 from paramserver import memory
 from paramserver.downlink import Downlink
@@ -81,7 +81,7 @@ class Joining:
         # a push that waits to be applied will be: a worker that re-anchors must not take it back
         pending = session.transfer.begin.number if session.transfer and session.transfer.committed else 0
         surely_decided = max(pending, decision.number) if resumed == "record" else decision.number
-        settings = {
+        settings: dict[str, Scalar] = {
             "rule": s.rule,
             "codec": s.codec,
             "reply_codec": s.reply_codec,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class KernelPool:
         ranges = min(self._threads * RANGES_PER_THREAD, job.parts)
         edges = [job.parts * i // ranges for i in range(ranges + 1)]
         _Pending(job.job, ranges, self._done, self._failed).watch(
-            [self._executor.submit(self._work, job, first, last) for first, last in zip(edges, edges[1:], strict=False)]
+            [self._executor.submit(self._work, job, first, last) for first, last in pairwise(edges)]
         )
         return None
 
@@ -80,5 +81,3 @@ class _Pending:
             last = self._left == 0
         if last:
             self._done(JobDone(self._job, [future.result() for future in self._futures]))
-
-

@@ -1,6 +1,6 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
-    center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
+center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
 """
 
 from __future__ import annotations
@@ -76,5 +76,3 @@ def before_the_model(settings: ServerSettings) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-

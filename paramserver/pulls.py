@@ -111,7 +111,7 @@ class Pulls:
         )
 
     def _start(self, request: _Request, target: list[Snapshot]) -> Work | None:
-        """The work that encodes the center for `request`; None where it is served or gone, or must wait for a buffer."""
+        """The work that encodes the center for `request`; None where it is served, gone, or must wait for a buffer."""
         shard, snapshots = self._state.hosted.shard, self._state.hosted.snapshots
         served_by_another = not request.anchor and snapshots.at(shard.version) is not None
         if request not in self._waiting or not request.alive or served_by_another:

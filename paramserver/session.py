@@ -116,7 +116,9 @@ class Session:
     quarantined_until: float = 0.0
 
     def __repr__(self) -> str:
-        return f"<Session {self.worker} {self.state}, {self.counters.updates} updates, last number {self.decision.number}>"
+        return (
+            f"<Session {self.worker} {self.state}, {self.counters.updates} updates, last number {self.decision.number}>"
+        )
 
     @property
     def live(self) -> bool:

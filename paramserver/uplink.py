@@ -27,7 +27,8 @@ QUARANTINE_DOUBLINGS = 10
 
 
 class Uplink:
-    """All transfers that are not complete. `complete` takes over one that is; `decided` tells a session its decision."""
+    """All transfers that are not complete. `complete` takes over one that is, `decided` tells a session its decision,
+    `again` answers one whose answer was lost."""
 
     def __init__(
         self,

@@ -378,7 +378,9 @@ class WorkerCore:
         m, upload = self.membership, self._upload
         if welcome.lost:
             first, last = welcome.lost[0], welcome.lost[-1]
-            self._say("warning", f"A crash of the server lost updates {first} to {last} of this worker; training goes on.")
+            self._say(
+                "warning", f"A crash of the server lost updates {first} to {last} of this worker; training goes on."
+            )
         if welcome.resumed == "live":
             if upload is not None:
                 upload.rewind()
@@ -424,11 +426,18 @@ class WorkerCore:
     def _start_upload(self, upload: Upload) -> None:
         m = self.membership
         begin = Begin(
-            m.token, m.connection, upload.kind, upload.number, upload.plan.codec, upload.plan.bytes, upload.base, m.merged
+            m.token,
+            m.connection,
+            upload.kind,
+            upload.number,
+            upload.plan.codec,
+            upload.plan.bytes,
+            upload.base,
+            m.merged,
         )
         if len(upload.plan.chunks) == 1:
             upload.sent, upload.committed = 1, True
-            self._send(Push(begin, upload.scalars, memoryview(upload.data)))
+            self._send(Push(begin, upload.scalars, upload.data.data))
         else:
             self._send(begin)
 
@@ -439,7 +448,7 @@ class WorkerCore:
         upload.until = max(upload.until, until)
         while upload.sent < min(upload.until, len(upload.plan.chunks)):
             piece = upload.plan.chunks[upload.sent]
-            payload = memoryview(upload.data[piece.offset : piece.offset + piece.size])
+            payload = upload.data[piece.offset : piece.offset + piece.size].data
             self._send(Chunk(m.token, m.connection, upload.number, upload.sent, payload))
             upload.sent += 1
         if upload.sent == len(upload.plan.chunks):
@@ -484,9 +493,7 @@ class WorkerCore:
         plan = self.plan(reply.codec)
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
-        download = Download(
-            reply, purpose, number, plan, np.empty(plan.bytes, np.uint8), bytearray(len(plan.chunks))
-        )
+        download = Download(reply, purpose, number, plan, np.empty(plan.bytes, np.uint8), bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(plan.chunks) == 1:
             self._take(download, 0, payload)
@@ -665,4 +672,3 @@ class WorkerCore:
 def code_of(text: str) -> Code:
     """The code of that name; one from a newer server counts as UNEXPECTED."""
     return Code(text) if text in set(Code) else Code.UNEXPECTED
-

@@ -8,6 +8,7 @@ Laws
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -79,10 +80,8 @@ class Driver:
     def _turn(self) -> None:
         deadline = self._core.deadline()
         self._endpoint.wait(max((deadline or 0.0) - time.monotonic(), 0.0), also=self._wake)
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
         while self._posted:
             self._do(self._core.handle(self._posted.popleft(), time.monotonic()))
         for _ in range(BATCH_MESSAGES):

@@ -1,7 +1,7 @@
 """Looking at a server without being a member of it: its status, and the center as it is now.
 
-    status("tcp://host:5555")                  what is going on, as plain values
-    with Observer(address, model) as observer: observer.fetch() loads the center into the model
+status("tcp://host:5555")                  what is going on, as plain values
+with Observer(address, model) as observer: observer.fetch() loads the center into the model
 """
 
 from __future__ import annotations
@@ -58,7 +58,14 @@ class Observer:
         self._layout = Layout.of(model)
         self._binding = Binding(model, self._layout)
         self._flat = zeros(self._layout.elements, np.float32)
-        self._core = WorkerCore(name=name, instance=secrets.token_hex(8), library=LIBRARY, layout=self._layout, optimizer=None, role="observer")
+        self._core = WorkerCore(
+            name=name,
+            instance=secrets.token_hex(8),
+            library=LIBRARY,
+            layout=self._layout,
+            optimizer=None,
+            role="observer",
+        )
         self._driver = Driver(self._core, address)
         self._left = False
         self.finished = False
@@ -85,7 +92,9 @@ class Observer:
                 case core.Left():
                     self._left = True
                     raise NetworkError(f"{self._address} ended the observer's session.", fix="Observe it again.")
-        raise NetworkError(f"{self._address} sent no center within {timeout_s:g} s.", fix="Is it running, and has it weights?")
+        raise NetworkError(
+            f"{self._address} sent no center within {timeout_s:g} s.", fix="Is it running, and has it weights?"
+        )
 
     def close(self) -> None:
         """Say Bye. A second call does nothing."""

@@ -126,7 +126,7 @@ class Session:
         self._binding = Binding(model, self._layout)
         self._parameters = self._layout.parameters
         elements = self._layout.elements
-        # x: the parameters as last gathered; anchor: what the last merge took; spare: the next `x` while one is in flight
+        # x: the parameters as last gathered; anchor: what the last merge took; spare: the next x while one is in flight
         self._x, self._anchor, self._spare, self._scratch = (zeros(elements, np.float32) for _ in range(4))
         self._base: Version = NOWHERE
         self._in_flight: _InFlight | None = None
@@ -180,7 +180,9 @@ class Session:
             raise UsageError("This session is over.", fix="Join again.")
         if stepped:
             self.steps += 1
-            self._progress.add(Progress(1, samples, float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)))
+            self._progress.add(
+                Progress(1, samples, float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss))
+            )
             self._driver.post(core.Progress(self.steps))
         self._take_news()
         if self.finished or self._progress.steps < self._local_steps:
@@ -201,13 +203,18 @@ class Session:
         self._evaluated = None
         self._driver.post(PullWanted("evaluate"))
         self._wait(lambda: self._evaluated is not None, timeout_s, "the center")
-        if self._evaluated is None:
+        fetched = self._take_evaluated()
+        if fetched is None:
             raise NetworkError(f"{self._address} did not send the center within {timeout_s:g} s.", fix="Is it running?")
         found = copy.deepcopy(self._model)
         flat = np.zeros(self._layout.elements, np.float32)
-        self._down.decode(self._evaluated.data, flat)
+        self._down.decode(fetched.data, flat)
         Binding(found, self._layout).scatter(flat)
         return found
+
+    def _take_evaluated(self) -> core.Fetched | None:
+        fetched, self._evaluated = self._evaluated, None
+        return fetched
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Push what is not pushed yet and wait until it is settled; False where that did not succeed in time."""
@@ -310,7 +317,12 @@ class Session:
             self._in_flight = None
         else:
             self._count_rejected(news.sentence)
-            log.warning("update %d was refused (%s): %s It is dropped; going on from the center.", news.number, news.code, news.sentence)
+            log.warning(
+                "update %d was refused (%s): %s It is dropped; going on from the center.",
+                news.number,
+                news.code,
+                news.sentence,
+            )
             self._reanchoring = True  # in flight stays: what was refused is not pushed again
             self._driver.post(PullWanted("anchor"))
 

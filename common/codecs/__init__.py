@@ -1,6 +1,7 @@
 """Codecs by name: what lies in this folder is what there is.
 
-    codec = codecs.load("int8")
+codecs.load("int8")    the codec of that name
+codecs.names()         all there are
 """
 
 from __future__ import annotations

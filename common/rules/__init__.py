@@ -1,7 +1,7 @@
 """Update rules by name: what lies in this folder is what there is.
 
-    rule = rules.load("gem")
-    config = rules.configure(rule, {"kappa": 2.0})
+rule = rules.load("gem")                             the rule of that name
+config = rules.configure(rule, {"kappa": 2.0})       its own Config
 """
 
 from __future__ import annotations

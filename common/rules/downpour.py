@@ -26,9 +26,7 @@ def _add(c: Any, d: Any, weight: Any) -> None:
         c[i] += weight * d[i]
 
 
-def apply(
-    config: Downpour, c: Floats, state: Arrays, session: Arrays, d: Floats, weight: float, stats: Floats
-) -> None:
+def apply(config: Downpour, c: Floats, state: Arrays, session: Arrays, d: Floats, weight: float, stats: Floats) -> None:
     """c <- c + weight D."""
     _add(c, d, c.dtype.type(weight))
 

@@ -8,23 +8,24 @@ a momentum SGD that would run alone. Staleness is seen only as distance, never c
     u      = pi D,  pi = (kappa |m| - |shift|) / |D|                                                  (Eq. 27)
     s     <- c,  c <- c + u
 
-    c  center    D  update    s  the center just before this worker's last applied update (at join: the one it was given)
+    c  center    D  update    s  the center before this worker's last applied update (at join: the one it was given)
     mu .9    kappa 1    clamp 5: largest pi
 
 | variant         | u                                                 | reply         | use
-| `reference`     | sign(D) clip(kappa |m| - |shift|, 0, clamp |D|)   | center after  | training, figures (official code)
+| `reference`     | sign(D) clip(kappa |m| - |shift|, 0, clamp |D|)   | center after  | training and figures
 | `paper`         | D (kappa |m| - |shift|) / (|D| + 1e-16)           | center before | vectors only (Algorithm 1)
-| `self_excluded` | sign(m) max(kappa |m| - |shift|, 0), s <- c after | center after  | one worker alone = momentum SGD
+| `self_excluded` | sign(m) max(kappa |m| - |shift|, 0), s: c after   | center after  | one worker = momentum SGD
 
 `reference` is the division-free form of 0 <= pi <= clamp; the clamp is in the authors' code and figures, not in their
 text. `paper` has no bounds and diverges when workers arrive in random order. `self_excluded` is ours: it leaves the
-worker's own last update out of the shift.
+worker's own last update out of the shift (without overlap: with it, the update in between stays in).
 
 Laws (`reference`): |shift + u| <= kappa |m| wherever |shift| <= kappa |m|; u never opposes D; with a constant
 gradient, n round-robin workers and no clamp active a round moves n/(n+1) kappa |m_inf|; of n identical first updates
 only the first passes.
 
 With `overlap` the oldest gradient in D was taken one exchange earlier, so s is kept two deep (`oldest`).
+The proxy brings the momentum, so the inner optimizer is plain SGD without any, unless `any_optimizer` is set.
 Left out: a proxy fed by all workers together (the paper's future work); adaptive optimizers as proxy.
 """
 
@@ -56,7 +57,7 @@ class Gem(Config):
 
     mu: float = Field(0.9, ge=0.0, lt=1.0, description="momentum of the proxy, in [0, 1)")
     kappa: float = Field(1.0, gt=0.0, le=10.0, description="energy of the proxy, in (0, 10]; 4 diverged in the paper")
-    clamp: float = Field(5.0, gt=0.0, le=1e6, description="largest scale pi of an element, above 0")
+    clamp: float = Field(5.0, gt=0.0, le=1e6, description="largest scale pi of an element, in (0, 1e6]")
     variant: Literal["reference", "paper", "self_excluded"] = Field(
         "reference", description="one of reference, paper (diverges under random arrival), self_excluded"
     )
@@ -117,8 +118,8 @@ def _sample(
         momentum = mu * m[i] + d[i]
         shift = c[i] - oldest[i]
         u = weight * _u(variant, momentum, shift, d[i], kappa, bound)
-        stats[0] += (shift + u) ** 2
-        stats[1] += (kappa * momentum) ** 2
+        stats[0] += (np.float64(shift) + np.float64(u)) ** 2
+        stats[1] += (np.float64(kappa) * np.float64(momentum)) ** 2
         if d[i] != 0:
             stats[ENERGIES + j] = u / d[i]
 
@@ -130,7 +131,7 @@ def accept(config: Gem, optimizer: OptimizerFacts) -> str | None:
     momentum = f" with momentum {optimizer.momentum:g}" if optimizer.momentum else ""
     return (
         f"Rule 'gem' takes plain SGD without momentum as inner optimizer, this worker uses {optimizer.name}{momentum}: "
-        "GEM's proxy already brings the momentum. Use torch.optim.SGD(lr=...), or serve with `--set any_optimizer=true`."
+        "GEM's proxy already brings the momentum. Use torch.optim.SGD(lr=...), or serve with --set any_optimizer=true."
     )
 
 

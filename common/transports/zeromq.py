@@ -139,7 +139,9 @@ def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] 
         try:
             _refuse_live_ipc(address)
             socket.setsockopt(zmq.IPV6, int("[" in address))
-            socket.bind(address.replace(":0", ":*") if address.startswith("tcp://") and address.endswith(":0") else address)
+            socket.bind(
+                address.replace(":0", ":*") if address.startswith("tcp://") and address.endswith(":0") else address
+            )
         except zmq.ZMQError as error:
             socket.close(linger=0)
             raise _cannot_bind(address, error) from None
@@ -177,7 +179,7 @@ def _limit(socket: zmq.Socket[bytes]) -> None:
 
 
 def _refuse_live_ipc(address: str) -> None:
-    """ZeroMQ takes over the file of an ipc address, also from a server that lives; an old file of a dead one is fine."""
+    """ZeroMQ takes an ipc address over even from a server that lives; the file of a dead one is fine."""
     if not address.startswith("ipc://") or not Path(address.removeprefix("ipc://")).is_socket():
         return
     import socket as sockets
