@@ -69,6 +69,12 @@ class Plan(NamedTuple):
             if data[end : block.offset + block.size].any():
                 raise CodecError("The padding of a block is not zero.")
 
+    def open(self, data: U8, flat: F32) -> None:
+        """flat: (elements,) <- data: (bytes,), checked first. Raises CodecError."""
+        for chunk in self.chunks:
+            self.check(data, chunk)
+        self.decode(data, flat)
+
     def decode(self, data: U8, flat: F32, first: int = 0, last: int | None = None) -> None:
         """flat: (elements,) <- checked data: (bytes,), blocks [first, last)."""
         for block in self.blocks[first:last]:

@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -90,7 +89,7 @@ app = typer.Typer(
     name="paramserver",
     cls=Program,
     help="Asynchronous PyTorch training through a parameter server.",
-    epilog="Exit codes\n\n" + "\n\n".join(f"{code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()),
+    epilog="Exit codes: " + "; ".join(f"[bold]{code}[/] {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -119,7 +118,9 @@ def _complete(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
-def _with_parameters(function: Callable[..., None], more: Sequence[inspect.Parameter] | Iterator[inspect.Parameter]) -> Any:
+def _with_parameters(
+    function: Callable[..., None], more: Sequence[inspect.Parameter] | Iterator[inspect.Parameter]
+) -> Any:
     """The function with these parameters in place of its `**flags`."""
 
     @functools.wraps(function)
@@ -127,7 +128,9 @@ def _with_parameters(function: Callable[..., None], more: Sequence[inspect.Param
         function(**values)
 
     own = inspect.signature(function, eval_str=True).parameters.values()
-    kept = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own if parameter.kind != parameter.VAR_KEYWORD]
+    kept = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in own if parameter.kind != parameter.VAR_KEYWORD
+    ]
     vars(wrapper)["__signature__"] = inspect.Signature([*kept, *more])
     return wrapper
 
@@ -141,18 +144,18 @@ def _flags(model_name: str, only: Collection[str]) -> Iterator[inspect.Parameter
         if only and name not in only:
             continue
         kind, flag = get_origin(field.annotation) or field.annotation, config.flag(name)
-        allowed = config.allowed(field)
         default = ", ".join(field.default) if kind is tuple else field.default
-        notes = [] if kind in (bool, tuple, dict) or allowed in ("a text", "a path") else [allowed]
+        notes = [limits] if (limits := config.allowed(field).partition(", ")[2]) and kind is not tuple else []
         notes += [] if field.default is None or kind is dict else [f"default {default}".lower()]
+        notes += ["may be repeated"] if kind in (tuple, dict) else []
         option = typer.Option(
             None,
             f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
             help=_escape(f"{field.description}{' (' + '; '.join(notes) + ')' if notes else ''}"),
-            metavar=None if kind is bool else _metavar(name, field.annotation),
+            metavar="" if kind is bool else _metavar(name, field.annotation),
             show_default=False,
         )
-        annotation = {bool: bool | None, tuple: list[str] | None, dict: list[str] | None}.get(kind, str | None)
+        annotation: Any = bool | None if kind is bool else list[str] | None if kind in (tuple, dict) else str | None
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
@@ -176,8 +179,8 @@ def _load(model: str, file: Path | None, flags: Mapping[str, Any]) -> Loaded[Any
 # The commands
 
 CONFIG = typer.Option(None, "--config", metavar="FILE", help="TOML file with settings")
-PRINT_CONFIG = typer.Option(False, "--print-config", help="show every setting and where it came from, then end")
-JSON = typer.Option(False, "--json", help="as JSON, for scripts")
+PRINT_CONFIG = typer.Option(False, "--print-config", metavar="", help="show every setting and where it came from, then end")
+JSON = typer.Option(False, "--json", metavar="", help="as JSON, for scripts")
 PARENT = typer.Option(None, hidden=True, help="process id of the parent that this process shall not outlive")
 DATA = typer.Option(None, "--data", metavar="PATH", help="folder of data sets, for tasks that read one")
 MODEL_SEED = typer.Option(0, metavar="N", help="start of the initial weights, the same for all workers of a run")
@@ -208,7 +211,9 @@ def serve(
     def ready(address: str) -> None:
         if ready_file is not None:
             _write(ready_file, address)
-        voice.say("info", f"Listening on {address}." + ("" if settings.directory else " Nothing is saved: no directory."))
+        voice.say(
+            "info", f"Listening on {address}." + ("" if settings.directory else " Nothing is saved: no directory.")
+        )
         typer.echo(f"Join with:\n  paramserver worker {_from_elsewhere(address)} --task digits")
         sys.stdout.flush()
 
@@ -265,7 +270,7 @@ def launch(
     task: str = typer.Option("digits", metavar="TASK", help="a built-in task, or FILE.py:FUNCTION"),
     per_gpu: int | None = typer.Option(None, min=1, metavar="N", help="so many workers on each visible CUDA device"),
     data: Path | None = DATA,
-    no_solo: bool = typer.Option(False, "--no-solo", help="train no lone worker to compare with"),
+    no_solo: bool = typer.Option(False, "--no-solo", metavar="", help="train no lone worker to compare with"),
     config: Path | None = CONFIG,
     **flags: Any,
 ) -> None:
@@ -304,7 +309,7 @@ def alone(
 @app.command()
 def status(
     address: str = typer.Argument("tcp://127.0.0.1:5555", help="the server's, from its join line"),
-    watch: bool = typer.Option(False, "--watch", help="again every second, until Ctrl-C"),
+    watch: bool = typer.Option(False, "--watch", metavar="", help="again every second, until Ctrl-C"),
     as_json: bool = JSON,
     timeout_s: float = typer.Option(5.0, min=0.1, metavar="SECONDS", help="give up after so long"),
 ) -> None:
@@ -343,7 +348,12 @@ def rules(as_json: bool = JSON) -> None:
                 "summary": rule.summary,
                 "paper": rule.paper,
                 "settings": [
-                    {"name": name, "default": field.default, "allowed": config.allowed(field), "description": field.description}
+                    {
+                        "name": name,
+                        "default": field.default,
+                        "allowed": config.allowed(field),
+                        "description": field.description,
+                    }
                     for name, field in rule.Config.model_fields.items()
                 ],
             }
@@ -547,7 +557,9 @@ def _cell(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case list():
-            return "\n".join(_escape(f"{one['name']} = {one['default']}: {one['description']}") for one in value) or "none"
+            return (
+                "\n".join(_escape(f"{one['name']} = {one['default']}: {one['description']}") for one in value) or "none"
+            )
         case _:
             return _escape(str(value))
 
@@ -565,7 +577,19 @@ def _status(address: str, found: Mapping[str, Any]) -> RenderableType:
         f"({found['updates_per_s']:,.1f}/s), {found['samples']:,} samples ({found['samples_per_s']:,.0f}/s), "
         f"{100 * found['budget_used']:.0f} % of the budget",
     ]
-    columns = ("worker", "state", "updates ", "refused ", "steps ", "samples ", "loss ", "lag ", "up ", "down ", "seen ")
+    columns = (
+        "worker",
+        "state",
+        "updates ",
+        "refused ",
+        "steps ",
+        "samples ",
+        "loss ",
+        "lag ",
+        "up ",
+        "down ",
+        "seen ",
+    )
     table = _table(*columns)
     for w in found["workers"]:
         counts = (f"{w[name]:,}" for name in ("updates", "rejected", "steps", "samples"))

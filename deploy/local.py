@@ -61,13 +61,17 @@ UPDATES_PER_WORKER = 150
 POLL_S, LOOK_S, LINE_S, PATIENCE_S = 0.2, 1.0, 2.0, 10.0
 """Between two looks at the processes, at the center, between two plain lines; and a wait that is spoken of."""
 LOOK_SHARE = 0.2
-"""Looking at the center may take this share of the time."""
+"""Looking at the center may take this share of one core."""
 START_S, LEAVE_S, WRITE_S = 300.0, 20.0, 120.0
 """The longest wait for the server to be ready, for workers to leave after the end, for the last checkpoint."""
 GOODBYE_S, STOP_S = 2.0, 5.0
 """When a run is broken off: for workers to say goodbye; from SIGTERM to SIGKILL."""
+SOLO_START_S, SOLO_SHARE = 60.0, 3.0
+"""The lone worker may take so long, and so many times as long as the workers did."""
 ANSWER_S = 5.0
 LAST_LINES, TAIL_BYTES = 12, 8192
+GONE = "gone"
+"""State of a worker that left, in the server's words."""
 SOLO_POINTS = 25
 """Evaluations of the lone worker."""
 BY_EXIT_CODE = {kind.exit_code: kind for kind in (ConfigError, StateError, LockedError, KernelError, NetworkError)}
@@ -260,7 +264,7 @@ class Center:
 
     def look(self, address: str, status: dict[str, Any], time_s: float) -> None:
         """A new point of the curve; none where the task evaluates nothing or the server does not answer."""
-        started = time.monotonic()
+        used_s = time.thread_time()
         with suppress(NetworkError):
             if self._observer is None:
                 self._observer = observer.Observer(address, self._task.model, name="launcher")
@@ -270,8 +274,8 @@ class Center:
             if found is not None:
                 point = {"time_s": round(time_s, 3), "updates": status["updates"], "samples": status["samples"]}
                 self.curve.append(point | {"loss": found.loss, "accuracy": _known(found.accuracy)})
-        now = time.monotonic()
-        self._due_s = max(started + LOOK_S, now + (now - started) / LOOK_SHARE)
+        used_s = time.thread_time() - used_s
+        self._due_s = time.monotonic() + max(LOOK_S, used_s / LOOK_SHARE)
 
     def close(self) -> None:
         """Say goodbye to the server."""
@@ -293,7 +297,7 @@ class Lines:
 
     def __init__(self, say: Say, budget: str) -> None:
         self._say, self._budget = say, budget
-        self._due_s, self._shown = 0.0, -1
+        self._due_s, self._shown = 0.0, 0
 
     def show(self, status: dict[str, Any], curve: Sequence[dict[str, Any]]) -> None:
         """A line, if it is time for one and something was done."""
@@ -329,7 +333,7 @@ def _progress(status: dict[str, Any], curve: Sequence[dict[str, Any]], budget: s
     words = [f"{status['updates']:,}{budget} updates"]
     if curve:
         words.append(f"center loss {curve[-1]['loss']:.3f}, accuracy {_percent(curve[-1]['accuracy'])}")
-    live = [worker for worker in status["workers"] if worker["state"] != "left"]
+    live = [worker for worker in status["workers"] if worker["state"] != GONE]
     words.append(f"{status['samples_per_s']:,.0f} samples/s")
     words.append(f"lag {max((worker['lag'] for worker in live), default=0)}")
     return " · ".join(words)
@@ -343,14 +347,14 @@ class Patience:
         self._state: Any = None
         self._due_s = 0.0
 
-    def wait(self, state: Any, whom: Callable[[], str]) -> None:
+    def wait(self, state: Any, whom: str) -> None:
         """`state`: whatever changes when things go on."""
         now = time.monotonic()
         if state != self._state:
             self._state, self._due_s = state, now + PATIENCE_S
         elif now >= self._due_s:
             self._due_s = now + PATIENCE_S
-            self._say("info", f"Still waiting for {whom()}.")
+            self._say("info", f"Still waiting for {whom}.")
 
 
 class Run:
@@ -361,7 +365,7 @@ class Run:
         self._say = say
         self._server: Child | None = None
         self._workers: list[Child] = []
-        self._others: list[Child] = []
+        self._solo: Child | None = None
         self._gone: set[str] = set()
         self._told: set[str] = set()
         self._patience = Patience(say)
@@ -375,14 +379,15 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        running = [child for child in (*self._workers, *self._others) if child.code is None]
+        server, others = [*filter(None, [self._server])], [*self._workers, *filter(None, [self._solo])]
+        running = [child.name for child in (*server, *others) if child.code is None]
         try:
-            if running or (self._server and self._server.code is None):
-                self._say("info", f"Stopping the server and {len(running)} other processes.")
-            self._end(running, GOODBYE_S)
-            self._end([self._server] if self._server else [], STOP_S)
+            if running:
+                self._say("info", f"Stopping {', '.join(running)}.")
+            self._end(others, GOODBYE_S)
+            self._end(server, STOP_S)
         finally:
-            for child in (*self._workers, *self._others, *([self._server] if self._server else [])):
+            for child in (*others, *server):
                 child.kill()
             self._ready_file.unlink(missing_ok=True)
 
@@ -399,7 +404,9 @@ class Run:
             (directory / "logs").mkdir(parents=True, exist_ok=True)
             self._ready_file.unlink(missing_ok=True)
         except OSError as error:
-            raise StateError(f"{directory} cannot be used: {error.strerror}.", fix="Choose another --directory.") from None
+            raise StateError(
+                f"{directory} cannot be used: {error.strerror}.", fix="Choose another --directory."
+            ) from None
         words = ["serve", f"--ready-file={self._ready_file}", *words_of(self._plan.server.settings)]
         self._server = server = Child("server", words, directory)
         deadline = time.monotonic() + START_S
@@ -408,7 +415,7 @@ class Run:
                 raise server.failure("The server did not start")
             if time.monotonic() > deadline:
                 raise NetworkError(f"The server was not ready within {START_S:g} s.", fix=f"Look into {server.log}.")
-            self._patience.wait("server", lambda: "the server to be ready")
+            self._patience.wait("server", "the server to be ready")
             time.sleep(POLL_S / 4)
         self.address = self._ready_file.read_text(encoding="utf-8").strip()
         self._say("info", f"The server listens on {self.address}; all goes to {directory}.")
@@ -450,7 +457,7 @@ class Run:
                 if status["phase"] == "training" and not status["finished"]:
                     self.center.look_if_due(self.address, status, self.elapsed_s)
                 screen.show(status, self.center.curve)
-            self._patience.wait(self.status.get("updates"), self._whom)
+            self._patience.wait(self.status.get("updates"), self._whom())
             time.sleep(POLL_S)
 
     @property
@@ -459,17 +466,24 @@ class Run:
         return time.time() - self.started
 
     def finish(self) -> None:
-        """Let the workers leave, and look at the center for the last time."""
-        deadline = time.monotonic() + LEAVE_S
-        while (left := [child.name for child in self._workers if child.code is None]) and time.monotonic() < deadline:
-            self._patience.wait(left, lambda: f"{', '.join(left)} to leave")
-            time.sleep(POLL_S / 4)
-        self._watch()
-        self._end(self._workers, STOP_S)
+        """Let the workers say goodbye, and look at the center for the last time."""
         trained_s = self.status.get("elapsed_s", 0.0)
-        self.status = observer.status(self.address, ANSWER_S) | {"elapsed_s": trained_s}
+        deadline = time.monotonic() + LEAVE_S
+        while True:
+            self.status = observer.status(self.address, ANSWER_S) | {"elapsed_s": trained_s}
+            ended = {worker.name for worker in self._workers if worker.code is not None}
+            here = {worker["name"] for worker in self.status["workers"] if worker["state"] != GONE} - ended
+            if not here or time.monotonic() > deadline:
+                break
+            self._patience.wait(here, f"{', '.join(sorted(here))} to leave")
+            time.sleep(POLL_S / 4)
         if self.status["version"]:
             self.center.look(self.address, self.status, self.elapsed_s)
+
+    def stop_workers(self) -> None:
+        """They have said goodbye; wait for the processes to end."""
+        self._end(self._workers, LEAVE_S)
+        self._watch_workers()
 
     def rows(self) -> list[dict[str, Any]]:
         """What each worker did: what it said at its end, and what the server counted."""
@@ -481,18 +495,28 @@ class Run:
             rows.append(row | {"name": worker.name})
         return rows
 
-    def solo(self, steps: int) -> dict[str, Any]:
+    # The lone worker
+
+    def start_solo(self) -> int:
+        """Start it, with as many steps as a worker made on average, which it returns."""
+        rows = self.status["workers"]
+        steps: int = round(sum(row["steps"] for row in rows) / max(len(rows), 1))
+        if steps:
+            words = ["alone", f"--steps={steps}", f"--report={self._report_of('solo')}", *self._plan.task_words(0)]
+            self._solo = Child("solo", words, self._plan.directory, threads=self._plan.threads)
+        return steps
+
+    def solo(self) -> dict[str, Any]:
         """The lone worker's figures; empty where it failed, which is no reason to fail for all."""
-        path = self._plan.directory / "logs" / "solo.json"
-        words = ["alone", f"--steps={steps}", f"--report={path}", *self._plan.task_words(0)]
-        child = Child("solo", words, self._plan.directory, threads=self._plan.threads)
-        self._others.append(child)
-        deadline = time.monotonic() + 60 + 3 * self.status["elapsed_s"]
+        child = self._solo
+        if child is None:
+            return {}
+        deadline = time.monotonic() + SOLO_START_S + SOLO_SHARE * self.status["elapsed_s"]
         while child.code is None and time.monotonic() < deadline:
-            self._patience.wait("solo", lambda: f"the lone worker, {steps:,} steps")
+            self._patience.wait("solo", "the lone worker")
             time.sleep(POLL_S / 4)
         if child.code == 0:
-            return _read(path)
+            return _read(self._report_of("solo"))
         why = f"failed ({child.ended()}). Its last lines:\n{child.last_lines()}" if child.ended() else "is too slow."
         self._say("warning", f"There is nothing to compare with: the lone worker {why}")
         self._end([child], STOP_S)
@@ -508,14 +532,17 @@ class Run:
         assert self._server is not None
         if self._server.code is not None:
             raise self._server.failure("The server died")
+        self._watch_workers()
+        if all(worker.code for worker in self._workers):
+            raise self._workers[-1].failure("Every worker died")
+
+    def _watch_workers(self) -> None:
         ended = [worker for worker in self._workers if worker.code is not None]
         for worker in ended:
             if worker.name not in self._gone:
                 self._gone.add(worker.name)
                 if worker.code:
                     self._tell_death(worker, len(self._workers) - len(ended))
-        if len(ended) == len(self._workers) and all(worker.code for worker in ended):
-            raise ended[-1].failure("Every worker died")
 
     def _tell_death(self, worker: Child, left: int) -> None:
         lines = worker.last_lines()
@@ -537,7 +564,7 @@ class Run:
                 child.terminate()
         deadline = time.monotonic() + patience_s
         while (left := [child.name for child in children if child.code is None]) and time.monotonic() < deadline:
-            self._patience.wait(left, lambda: f"{', '.join(left)} to end")
+            self._patience.wait(left, f"{', '.join(left)} to end")
             time.sleep(POLL_S / 4)
         for child in children:
             child.kill()
@@ -555,19 +582,21 @@ def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
     with Run(plan, say) as run:
         run.start_server()
         run.start_workers()
-        say("info", f"{len(plan.devices)} workers, {plan.threads} threads each, on {', '.join(sorted(set(plan.devices)))}.")
+        say(
+            "info",
+            f"{len(plan.devices)} workers, {plan.threads} threads each, on {', '.join(sorted(set(plan.devices)))}.",
+        )
         with _screen(console, say, f"/{budget:,}" if budget else "") as screen:
             run.train(screen)
         run.finish()
-        say("info", f"{_sentence(run.status['finished'] or 'all workers left')} The server writes its last checkpoint.")
+        say("info", _sentence(run.status["finished"] or "all workers left"))
+        steps = run.start_solo() if plan.solo else 0
         run.stop_server()
-        rows = run.rows()
-        steps = round(sum(row.get("steps", 0) for row in rows) / len(rows))
-        solo = {}
-        if plan.solo and steps:
+        if steps:
             say("info", f"One worker alone trains for {steps:,} steps, to compare.")
-            solo = run.solo(steps)
-        summary = _summary(plan, run, rows, solo)
+        solo = run.solo()
+        run.stop_workers()
+        summary = _summary(plan, run, run.rows(), solo)
     path, page = report.write(plan.directory, summary)
     return _read(path) | {"report": str(page)}
 
@@ -684,11 +713,11 @@ def _known(value: float) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _number(value: float | None, form: str = ",.0f") -> str:
-    return "–" if value is None else format(value, form)
+    return "-" if value is None else format(value, form)
 
 
 def _mib(count: float) -> str:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -46,8 +47,14 @@ LAG_LIMIT = 1024
 DETAILS = 8
 """Figures of the rule's own that are followed."""
 LINE_BYTES, TEXT_CHARACTERS = 1 << 16, 300
+LATEST_S = 253_402_300_799
+"""End of the year 9999, in seconds since 1970: no log is from later."""
 LINES, ROWS, PANELS, BINS = 40, 64, 12, 24
 """On the page: curves in a chart, rows of the workers' table, lag histograms, bars in one."""
+TAIL = 0.99
+"""Share of a worker's updates whose lag has a bar of its own; the last bar holds all others."""
+FEWEST = 7
+"""The lag histograms reach at least this far."""
 COLORS = 8
 """With more workers than this, a color no longer tells them apart."""
 
@@ -60,7 +67,7 @@ ALWAYS: Mapping[str, Any] = {
 }
 """What stands in `report.json` for a key that the summary leaves out."""
 SENTENCES = {
-    "join": "{worker} joined ({resumed})",
+    "join": "{worker} {resumed}",
     "leave": "{worker} left: {reason}, after {updates} updates",
     "reject": "{worker}: update {number} was refused: {sentence}",
     "fault": "{worker} was told: {sentence}",
@@ -70,10 +77,11 @@ SENTENCES = {
     "finished": "{reason}, at version {version}",
     "diverged": "the center is no longer finite since version {version}, after an update of {worker}",
 }
+RESUMED = {"new": "joined", "live": "is back", "record": "is back after its lease had ended"}
 BAD = {"reject", "fault", "diverged", "checkpoint_failed", "unsendable", "log_lost"}
 RULE_FIGURES = {
     "pi": ("Scale π", "By how much the rule scaled an update.", None),
-    "energy": ("Energy of the center", "Kinetic energy over its bound: stable up to 1.", 1.0),
+    "energy": ("Energy of the center", "Kinetic energy over its bound: stable up to 1.", 1),
 }
 """First word of a figure of the rule's own -> title, sentence, and the level to hold it against."""
 UNKNOWN = "\N{EN DASH}"
@@ -88,8 +96,11 @@ def write(directory: Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n", "report.html": page(report)}
     for name, text in texts.items():
         temporary = directory / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(directory / name)
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+            temporary.replace(directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)
     return directory / "report.json", directory / "report.html"
 
 
@@ -152,11 +163,12 @@ class Run:
         self.kinds: Counter[str] = Counter()
         self.first_events: list[dict[str, Any]] = []
         self.last_events: deque[dict[str, Any]] = deque(maxlen=EVENTS[1])
+        self.diverged = ""
 
     def take(self, line: Any) -> None:
         """One line of the log; one that makes no sense is counted and passed over."""
         at = _number(line.get("time")) if isinstance(line, dict) else None
-        if at is None or not isinstance(line.get("kind"), str):
+        if at is None or not 0 <= at <= LATEST_S or not isinstance(line.get("kind"), str):
             self.unreadable_lines += 1
             return
         self.started = at if self.started is None else self.started
@@ -173,13 +185,16 @@ class Run:
         kind = line["kind"][:TEXT_CHARACTERS]
         self.kinds[kind if kind in self.kinds or len(self.kinds) < KINDS else "other"] += 1
         event = {"time_s": round(time_s, 3), "kind": kind, "text": _sentence(line)}
+        self.diverged = event["text"] if kind == "diverged" else self.diverged
         (self.first_events if len(self.first_events) < EVENTS[0] else self.last_events).append(event)
 
     def _trace(self, line: Mapping[str, Any], time_s: float) -> Trace | None:
         name = line.get("worker")
-        if not isinstance(name, str) or not name or line.get("role", "worker") != "worker":
+        trains = line["kind"] in ("apply", "reject") or line.get("role") == "worker"  # observers are named as well
+        if not isinstance(name, str) or not name or not trains:
             return None
-        name = name[:TEXT_CHARACTERS] if name in self.workers or len(self.workers) < WORKERS else OTHERS
+        name = name[:TEXT_CHARACTERS]
+        name = name if name in self.workers or len(self.workers) < WORKERS else OTHERS
         trace = self.workers.setdefault(name, Trace())
         trace.first_s, trace.last_s = min(trace.first_s, time_s), max(trace.last_s, time_s)
         return trace
@@ -224,9 +239,10 @@ def _parsed(data: bytes) -> Any:
 
 def _sentence(line: Mapping[str, Any]) -> str:
     """One line of the log in words."""
-    values = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in line.items()}
+    values = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in line.items()}
+    said = {"worker": values.get("worker") or "somebody", "resumed": RESUMED.get(values.get("resumed", ""), "joined")}
     try:
-        text = SENTENCES[line["kind"]].format_map(values | {"worker": values.get("worker") or "somebody"})
+        text = SENTENCES[line["kind"]].format_map(values | said)
     except KeyError:
         text = ", ".join(f"{name} {value}" for name, value in values.items() if name not in ("time", "kind"))
     return text[:TEXT_CHARACTERS]
@@ -262,6 +278,7 @@ def figures(summary: Mapping[str, Any], run: Run) -> dict[str, Any]:
             "rule": {name: curve.columns(unseen) for name, curve in sorted(run.rule.items())},
         },
         "events": {"counts": run.kinds, "first": run.first_events, "last": run.last_events},
+        "diverged": run.diverged,
         "unreadable_lines": run.unreadable_lines,
     }
     plain: dict[str, Any] = _plain(found)
@@ -273,7 +290,7 @@ def _rows(workers: Iterable[Mapping[str, Any]], run: Run) -> list[dict[str, Any]
     given = {str(worker.get("name")): dict(worker) for worker in workers}
     rows = []
     for name in sorted({*given, *run.workers}, key=_natural):
-        row, trace = {"name": name} | given.get(name, {}), run.workers.get(name, Trace())
+        row, trace = {"name": name} | given.get(name, {}) | {"name": name}, run.workers.get(name, Trace())
         for key, count in trace.counts.items():
             value = _number(row.get(key))
             row[key] = count if value is None else int(value)
@@ -293,12 +310,11 @@ def _lag(lags: Counter[int], largest: int) -> dict[str, Any]:
     """Histogram (lag -> updates), median and maximum; null where nothing was applied."""
     if not lags:
         return {"median": None, "max": None, "histogram": {}}
-    ordered, before = sorted(lags.items()), 0
-    middle: list[int] = []
+    ordered, total, before, middle = sorted(lags.items()), lags.total(), 0, 0
     for lag, number in ordered:
-        middle += [lag for rank in ((lags.total() - 1) // 2, lags.total() // 2) if before <= rank < before + number]
+        middle += lag * sum(before <= rank < before + number for rank in ((total - 1) // 2, total // 2))
         before += number
-    return {"median": sum(middle) / 2, "max": largest, "histogram": dict(ordered)}
+    return {"median": middle / 2, "max": largest, "histogram": dict(ordered)}
 
 
 def _jain(values: Sequence[int]) -> float | None:
@@ -384,17 +400,21 @@ def page(report: Mapping[str, Any]) -> str:
     facts = [title, f"{len(names)} {'worker' if len(names) == 1 else 'workers'}"]
     if report["started"] is not None:
         facts.append(f"{datetime.fromtimestamp(report['started'], UTC):%Y-%m-%d %H:%M} UTC")
-    sections = {"Workers": _workers(report, colors), "Events": _events(report["events"])}
-    sections |= {"Settings": _settings(report["settings"])}
-    sections |= {name: _facts(report[name.lower()]) for name in ("Versions", "Seeds")}
     body = together(
         tag("header", tag("p", " · ".join(facts)), tag("h1", _result(report)), _notice(report)),
-        tag("dl", (_tile(*tile) for tile in _tiles(report)), class_="tiles card", aria_label="Key figures"),
+        tag("dl", (_tile(*tile) for tile in _tiles(report) if tile[1] != UNKNOWN), class_="tiles card"),
         tag("div", _charts(report, colors), class_="charts"),
         _lags(report["lag"]["workers"], colors),
-        (tag("section", tag("h2", name), section, class_="card") for name, section in sections.items()),
+        _section("Workers", _workers(report, colors)),
+        _section("Events", _events(report["events"])),
+        _section("Settings", _settings(report["settings"])),
+        tag("div", (_section(name, _facts(report[name.lower()])) for name in ("Versions", "Seeds")), class_="charts"),
     )
     return PAGE.substitute(style=STYLE, title=together(title), body=body)
+
+
+def _section(name: str, *inside: Html) -> Html:
+    return tag("section", tag("h2", name), *inside, class_="card")
 
 
 def _result(report: Mapping[str, Any]) -> str:
@@ -409,10 +429,9 @@ def _result(report: Mapping[str, Any]) -> str:
 
 def _notice(report: Mapping[str, Any]) -> Html:
     """A sentence where the run did not end well."""
-    events, ended = report["events"]["first"] + report["events"]["last"], report.get("exit")
-    diverged = [event["text"] for event in events if event["kind"] == "diverged"]
-    if diverged:
-        return tag("p", f"This run diverged: {diverged[0]}.", class_="notice")
+    ended = report.get("exit")
+    if report["diverged"]:
+        return tag("p", f"This run diverged: {report['diverged']}.", class_="notice")
     return tag("p", f"Exit: {ended}", class_="notice") if ended and isinstance(ended, int | str) else Html()
 
 
@@ -421,8 +440,9 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     accuracy, loss, lag = report["center_accuracy"], report["center_loss"], report["lag"]
     if accuracy is not None:
         alone = report["solo_accuracy"]
-        better = "on test data" if alone is None else f"{100 * (accuracy - alone):+.1f} points to one worker alone"
-        yield "Accuracy", _percent(accuracy), better
+        points = 100 * (accuracy - (alone or 0.0))
+        versus = f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} one worker alone"
+        yield "Accuracy", _percent(accuracy), "on test data" if alone is None else versus
     if loss is not None:
         alone = report["solo_loss"]
         yield "Test loss", _short(loss), "of the center" if alone is None else f"one worker alone {_short(alone)}"
@@ -450,9 +470,10 @@ def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[Ht
     end_s = max((time_s for time_s, _ in reached.points), default=0.0)
     alone = [point for point in _samples(report["solo_curve"], "time_s", "accuracy") if point[0] <= end_s]
     lines = [Line("one worker alone", alone, "soft"), reached]
-    level = ("one worker alone, in the end:", report["solo_accuracy"])
+    level = (f"one worker alone, in the end: {_percent(report['solo_accuracy'])}", report["solo_accuracy"])
     yield _chart("Accuracy over time", "On test data.", lines, "time_s", "percent", level)
-    lines = [Line(way, _points(curve, "time_s"), f"c{i}") for i, (way, curve) in enumerate(curves["bytes"].items())]
+    ways = (("up", "c0"), ("down", "c1 dash"))  # where both are as many, both show
+    lines = [Line(way, _points(curves["bytes"][way], "time_s"), color) for way, color in ways]
     yield _chart("Bytes sent over time", "Updates go up, the center comes down.", lines, "time_s", "bytes")
     families: dict[str, list[Line]] = {}
     for name, curve in curves["rule"].items():
@@ -461,7 +482,8 @@ def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[Ht
         lines.append(Line(member or name, _points(curve, "updates"), f"c{len(lines)}"))
     for family, lines in families.items():
         title, sentence, bound = RULE_FIGURES.get(family, (family, "A figure of the rule.", None))
-        yield _chart(f"{title} over updates", f"{sentence} Moving average.", lines, "updates", "", ("bound", bound))
+        level = (f"bound {bound}", bound)
+        yield _chart(f"{title} over updates", f"{sentence} Moving average.", lines, "updates", "", level)
 
 
 def _lags(lags: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
@@ -470,34 +492,44 @@ def _lags(lags: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
     shown = [name for name in colors if name in lags][:PANELS]
     if not shown:
         return Html()
-    width = max(int(lag) for name in shown for lag in lags[name]["histogram"]) // BINS + 1
-    shares = {name: _shares(lags[name]["histogram"], width) for name in shown}
-    last, top = max(max(share) for share in shares.values()), max(max(share.values()) for share in shares.values())
+    counts = {name: {int(lag): number for lag, number in lags[name]["histogram"].items()} for name in shown}
+    most = max(FEWEST, *(_covering(count) for count in counts.values()))
+    width = most // BINS + 1
+    shares = {name: _shares(count, width, most) for name, count in counts.items()}
+    top = max(max(share) for share in shares.values())
     panels = []
     for name in shown:
         words = f"median {_short(lags[name]['median'])}, at most {_short(lags[name]['max'])}"
-        bars, step = [], 100 / (last + 1)
-        for i, share in sorted(shares[name].items()):
-            of = f"{i * width}" if width == 1 else f"{i * width} to {(i + 1) * width - 1}"
+        bars, step = [], 100 / len(shares[name])
+        for i, share in enumerate(shares[name]):
+            to = "and more" if i == len(shares[name]) - 1 else f"to {(i + 1) * width - 1}"
+            told = tag("title", f"lag {i * width} {to}: {_percent(share)} of updates")
             x, y = f"{(i + 0.1) * step:.2f}%", f"{100 - 100 * share / top:.2f}%"
-            told = tag("title", f"lag {of}: {_percent(share)} of updates")
             bars.append(tag("rect", told, x=x, width=f"{0.8 * step:.2f}%", y=y, height=f"{100 * share / top:.2f}%"))
+        last = f"{(len(bars) - 1) * width} and more"
         picture = tag("svg", bars, class_=f"bars {colors[name]}", role="img", aria_label=f"Lag of {name}: {words}")
         caption = tag("figcaption", tag("bdi", name), tag("small", words))
-        ends = tag("div", tag("span", "0"), tag("span", str(last * width or "")), class_="ends", aria_hidden="true")
+        ends = tag("div", tag("span", "0"), tag("span", last), class_="ends", aria_hidden="true")
         panels.append(tag("figure", caption, picture, ends))
     sentence = "Updates that the center took between a worker's pull and its push: how often each lag came."
     if len(lags) > PANELS:
         sentence += f" {len(lags) - PANELS} more workers are in report.json."
-    panel = tag("div", panels, class_="panels")
-    return tag("section", tag("h2", "Lag per worker"), tag("p", sentence), panel, class_="card")
+    return _section("Lag per worker", tag("p", sentence), tag("div", panels, class_="panels"))
 
 
-def _shares(histogram: Mapping[str, int], width: int) -> dict[int, float]:
-    counts: Counter[int] = Counter()
-    for lag, number in histogram.items():
-        counts[int(lag) // width] += number
-    return {i: number / counts.total() for i, number in counts.items()}
+def _covering(counts: Mapping[int, int]) -> int:
+    """The smallest lag that TAIL of all updates do not exceed."""
+    lags, enough = sorted(counts), TAIL * sum(counts.values())
+    below = accumulate(counts[lag] for lag in lags)
+    return next(lag for lag, number in zip(lags, below, strict=True) if number >= enough)
+
+
+def _shares(counts: Mapping[int, int], width: int, most: int) -> list[float]:
+    """Share of each bar of `width` lags; the last one holds all beyond `most`."""
+    bars = [0] * (most // width + 2)
+    for lag, number in counts.items():
+        bars[min(lag // width, len(bars) - 1)] += number
+    return [number / sum(bars) for number in bars]
 
 
 def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
@@ -510,11 +542,10 @@ def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
         head = tag("th", tag("i", class_=colors[name]), tag("bdi", name), scope="row")
         rows.append(together(head, (tag("td", cell) for cell in cells)))
     heads = "Worker|Updates|Steps|Samples/s|Lag, median|Lag, most|Up|Down|Refused|Stalled|Hidden"
-    more = len(report["workers"]) - ROWS
-    return together(
-        _table("Workers", heads, rows, "numbers"),
-        tag("p", f"{more} more are in report.json.") if more > 0 else "",
-    )
+    words = "Stalled: time spent waiting for the server. Hidden: exchanges that were over before anybody waited."
+    if len(report["workers"]) > ROWS:
+        words += f" {len(report['workers']) - ROWS} more workers are in report.json."
+    return together(_table("Workers", heads, rows, "numbers"), tag("p", words)) if rows else tag("p", "None was here.")
 
 
 def _events(events: Mapping[str, Any]) -> Html:
@@ -525,8 +556,8 @@ def _events(events: Mapping[str, Any]) -> Html:
         kind = tag("b", event["kind"], class_="bad" if event["kind"] in BAD else "fine")
         items.append(tag("li", tag("time", _duration(event["time_s"])), kind, tag("span", event["text"])))
     counts = ", ".join(f"{kind} {_count(number)}" for kind, number in events["counts"].items())
-    listed = tag("ol", items, role="region", aria_label="Events", tabindex=0) if items else ""
-    return together(tag("p", counts or "The run log tells of none."), listed)
+    listed = tag("div", tag("ol", items), class_="events", role="region", aria_label="Events", tabindex=0)
+    return together(tag("p", counts or "The run log tells of none."), listed if items else "")
 
 
 def _settings(settings: Sequence[Mapping[str, Any]]) -> Html:
@@ -648,7 +679,7 @@ def _chart(title: str, sentence: str, lines: list[Line], x: str, y: str, level: 
         paths.append(tag("path", class_=line.color, d=f"M{'L'.join(corners)}"))
     for bound in bounds:
         over.append(tag("line", class_="level", x2="100%", y1=up.down(bound), y2=up.down(bound)))
-        key.append(tag("li", tag("i", class_="level"), f"{level[0]} {up.label(bound)}"))
+        key.append(tag("li", tag("i", class_="level"), level[0]))
     if lines[-1].color == "ink":
         a, b = lines[-1].points[-1]
         over.append(tag("circle", cx=across.right(a), cy=up.down(b), r=4))
@@ -677,16 +708,18 @@ def _axis(values: Sequence[float], kind: str) -> Axis:
     if runs or kind == "bytes" or 0 < low < 0.4 * high:
         low = 0.0
     unit, name = _unit(high, kind)
-    span = (high - low) / unit or 1.0
+    span = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else abs(high) or 1.0
+    span = max(span / unit, 1e-12)
     power = 10.0 ** math.floor(math.log10(span / 5))
     step = unit * next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= span / 5 * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [i * step for i in range(first, max(last, first + 1) + 1)]
     start, end = ticks[0], high if runs and high > ticks[0] else ticks[-1]
-    inside = [tick for tick in ticks if tick <= end]
-    return Axis(
-        inside, lambda value: (value - start) / (end - start), lambda value: f"{value / unit:.4g} {name}".strip()
-    )
+
+    def label(value: float) -> str:
+        return f"{value / unit:.4g} {name}".strip() if value else "0"
+
+    return Axis([tick for tick in ticks if tick <= end], lambda value: (value - start) / (end - start), label)
 
 
 STYLE = """
@@ -705,18 +738,22 @@ h2{font-size:1rem;font-weight:600;margin:0}
 p{margin:0}header p,figcaption p,.card>p,small,summary,footer{color:var(--soft)}small{font-size:.8rem;display:block}
 .notice{color:var(--bad);margin-top:.8em;font-weight:600;overflow-wrap:anywhere}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px;margin:0;min-width:0}
-.card>p{font-size:.875rem;margin-bottom:14px}figcaption p{font-size:.875rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:1px;margin:0;padding:0;
-overflow:hidden;background:var(--line)}
-.tiles>div{background:var(--card);padding:16px 20px}.tiles dt{color:var(--soft);font-size:.8rem}.tiles dd{margin:0}
+.card>p{font-size:.875rem;margin-bottom:14px}.card>p:last-child{margin:10px 0 0}
+figcaption p{font-size:.875rem}
+.tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:1px;margin:0;padding:0;overflow:hidden}
+.tiles>div{box-shadow:0 0 0 1px var(--line);padding:16px 20px;min-width:0}
+.tiles dt{color:var(--soft);font-size:.8rem}.tiles dd{margin:0}
 .tiles b{display:block;font-size:1.55rem;font-weight:620;letter-spacing:-.01em;line-height:1.35}
+.charts:empty{display:none}
 .charts{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.plot{padding:18px 10px 26px 48px}.plot svg{display:block;width:100%;height:220px;overflow:visible}
-.plot text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums;text-anchor:middle}.y{text-anchor:end}
+.plot{padding:18px 10px 26px 54px}.plot svg{display:block;width:100%;height:220px;overflow:visible}
+.plot text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums;text-anchor:middle}
+.plot .y{text-anchor:end}
 .plot line{stroke:var(--line)}.plot .level{stroke:var(--soft);stroke-dasharray:2 4;stroke-width:1.5}
 .plot circle{fill:var(--ink);stroke:var(--card);stroke-width:2}
 path{fill:none;stroke:var(--c);stroke-width:1.75;stroke-linejoin:round;vector-effect:non-scaling-stroke}
-path.ink{stroke-width:2.5}path.soft{stroke-dasharray:5 4}path.many{stroke-width:1;opacity:.7}
+path.ink{stroke-width:2.5}path.soft{stroke-dasharray:5 4}path.dash{stroke-dasharray:9 7}
+path.many{stroke-width:1;opacity:.7}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
 .c6{--c:var(--c6)}.c7{--c:var(--c7)}.many{--c:var(--many)}.ink{--c:var(--ink)}.soft{--c:var(--soft)}
 .key{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;font-size:.8rem;color:var(--soft)}
@@ -729,17 +766,18 @@ bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:16em}
 .panels bdi{font-weight:600;font-size:.875rem}.panels small{white-space:nowrap}
 .bars{display:block;width:100%;height:76px;border-bottom:1px solid var(--line)}.bars rect{fill:var(--c)}
 .ends{display:flex;justify-content:space-between;font-size:12px;color:var(--soft)}
-.wide,ol{overflow:auto;max-width:100%}table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:8px}
+.wide,.events{overflow:auto;max-width:100%}.events{max-height:330px;margin-top:8px}
+table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:8px}
 th,td{padding:7px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:baseline}
 th:first-child{padding-left:0}tbody tr:last-child>*{border-bottom:0}thead th{color:var(--soft);font-weight:500;
 font-size:.8rem;white-space:nowrap}tbody th{font-weight:500}
-.numbers :is(td,th+th){text-align:right;white-space:nowrap;
+.numbers th{white-space:nowrap}.numbers :is(td,th+th){text-align:right;white-space:nowrap;
 font-variant-numeric:tabular-nums}
 tbody th i{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px}
 .numbers bdi{display:inline-block;vertical-align:bottom}.words td:last-child{min-width:16em;color:var(--soft)}
-.words td{overflow-wrap:anywhere}.words td:nth-child(2){min-width:8em}.words td:nth-child(3){color:var(--soft)}
+.words td{overflow-wrap:break-word;min-width:8em;max-width:26em}.words td+td{color:var(--soft)}
 code{font:.85em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-ol{list-style:none;margin:8px 0 0;padding:0;max-height:330px;font-size:.875rem}
+ol{list-style:none;margin:0;padding:0;font-size:.875rem}
 ol li{display:grid;grid-template-columns:5.2em 6.6em minmax(0,1fr);gap:4px 10px;padding:5px 0;border-bottom:1px solid
 var(--line)}ol li:last-child{border:0}time{color:var(--soft);font-variant-numeric:tabular-nums}ol span,ol b{
 overflow-wrap:anywhere}ol b{font-weight:500}ol .bad{color:var(--bad)}
@@ -748,7 +786,8 @@ summary{cursor:pointer;margin-top:14px;font-size:.875rem}
 .facts dt{color:var(--soft);font-size:.8rem}.facts dd{margin:0;overflow-wrap:anywhere}
 footer{font-size:.8rem;padding:0 4px}
 :focus-visible{outline:2px solid var(--c0);outline-offset:2px;border-radius:4px}
-@media(max-width:640px){.card{padding:16px}.tiles{padding:0}.tiles>div{padding:14px 16px}.plot{padding-left:42px}
+@media(max-width:640px){.card{padding:16px}.tiles{padding:0;grid-template-columns:1fr 1fr}
+.tiles>div{padding:14px 16px}
 ol li{grid-template-columns:5.2em 1fr}ol span{grid-column:1/-1}}
 """
 

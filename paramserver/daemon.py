@@ -104,10 +104,14 @@ class Daemon:
         if directory is None:
             return 1, None
         loaded = directory.load(allow_fresh=self._settings.allow_fresh)
-        for sentence in directory.warnings:
-            self._announce("warning", sentence)
         epoch = directory.next_epoch()
+        self._pass_on_warnings(directory)
         return epoch, Recovered(dict(loaded.arrays), dict(loaded.record)) if loaded else None
+
+    def _pass_on_warnings(self, directory: Directory) -> None:
+        warnings, directory.warnings[:] = list(directory.warnings), []
+        for sentence in warnings:
+            self._announce("warning", sentence)
 
     # Events in
 
@@ -217,6 +221,7 @@ class Daemon:
         try:
             seconds = self._directory.save(save.version, save.arrays, save.record, keep=self._settings.keep_checkpoints)
             event = Saved(save.version, seconds)
+            self._loop.call_soon_threadsafe(self._pass_on_warnings, self._directory)
         except StateError as error:
             event = SaveFailed(str(error))
         except Exception as error:  # a checkpoint that fails, for whatever reason, never stops training

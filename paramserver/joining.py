@@ -63,6 +63,8 @@ class Joining:
         else:
             resumed = "live" if session.live and session.anchored else "record"
             self._reconnect(session, peer)
+        if state.model is not None:
+            state.model.slots.grow(len(state.members))
         lost = self._lost(hello, session)
         if not state.initialised:
             self._initial.enqueue(session)
@@ -155,7 +157,7 @@ class Joining:
         if not session.live and self._name_taken(session.worker):
             session.worker = self._free_name(session.worker)
         session.peer = peer
-        session.connection += 1
+        session.connection = self._state.next_connection()
         session.ended = None
         session.lease_end = self._state.now + self._state.settings.lease_s
         session.last_seen = self._state.now
@@ -187,15 +189,13 @@ class Joining:
             worker=self._free_name(hello.worker or "worker"),
             role=hello.role,
             peer=peer,
-            connection=1,
+            connection=state.next_connection(),
             lease_end=state.now + state.settings.lease_s,
             joined=state.now,
             last_seen=state.now,
             last_progress=state.now,
         )
         state.sessions[session.token] = session
-        if state.model is not None:
-            state.model.slots.grow(len(state.members))
         return session
 
     def _name_taken(self, name: str) -> bool:

@@ -22,6 +22,9 @@ from paramserver.slots import Slots
 from paramserver.snapshots import Snapshots
 
 
+CONNECTION_BITS = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Hosted:
     """The model that is served, and the buffers its exchanges live in."""
@@ -57,6 +60,8 @@ class ServerState:
     diverged: str = ""
     """Where the center ceased to be finite, once it did."""
     stopping: str = ""
+    connections: int = 0
+    """Connections so far in this life of the server."""
 
     @classmethod
     def of(cls, settings: ServerSettings, epoch: int) -> ServerState:
@@ -73,6 +78,11 @@ class ServerState:
     def members(self) -> list[Session]:
         """Live workers."""
         return [session for session in self.sessions.values() if session.member]
+
+    def next_connection(self) -> int:
+        """A number for a new connection; unique over all lives of the server, so an old one never fits a new one."""
+        self.connections += 1
+        return (self.epoch << CONNECTION_BITS) + self.connections
 
     @property
     def hosted(self) -> Hosted:

@@ -14,7 +14,8 @@ Laws
 * `validate` of a core runs after each of its events; a core that asks for Ticks without end is caught.
 
 A trainer keeps to the contract of `worker.core`, as `worker.trainer` does, and remembers all it was told; the oracle
-compares that with the center. Left out: sockets, threads, files, and everything that needs torch.
+compares that with the center. `Desk` and `Hand` are for tests that want one message at a time: a server whose outside
+is the test, and a worker that says what it is told to. Left out: sockets, threads, files, and all that needs torch.
 """
 
 from __future__ import annotations
@@ -32,11 +33,30 @@ from typing import Any
 
 import numpy as np
 
-from common import wire
+from common import chunks, codecs, wire
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
-from common.messages import NOWHERE, Ack, Buffer, Scalars, Version, Welcome
+from common.messages import (
+    NOWHERE,
+    Ack,
+    Beat,
+    Begin,
+    Buffer,
+    Bye,
+    Chunk,
+    Commit,
+    Hello,
+    Message,
+    More,
+    Optimizer,
+    Pull,
+    Push,
+    Resume,
+    Scalars,
+    Version,
+    Welcome,
+)
 from common.node import JobDone, Received, Released, Run, Send, Tick, Unsendable
 from common.transports.base import SERVER
 from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
@@ -295,6 +315,7 @@ class Cluster:
         while not self.all_done and self.now < end:
             self.step()
         assert self.all_done, f"not done after {limit_s:g} s: {self.trainers}, {self.server!r}"
+        self.run_for(2 * self.settings.lease_s)  # no fault happens any more, and everybody is back
 
     @property
     def all_done(self) -> bool:
@@ -358,12 +379,10 @@ class Cluster:
         """A life of the server, from what the disk holds."""
         recovered = None
         if self.disk is not None:
-            record = json.loads(json.dumps(self.disk.record))
-            recovered = Recovered({name: array.copy() for name, array in self.disk.arrays.items()}, record)
+            recovered = recovered_from(self.disk)
             self.recoveries[epoch] = self.disk.version
-        token = partial("token-{}".format, epoch)
         self.server = core = ServerCore(
-            self.settings, epoch=epoch, token=lambda: f"{token()}-{next(self._count)}", recovered=recovered
+            self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(self._count)}", recovered=recovered
         )
         self._serve(core, core.start(self.now))
 
@@ -535,3 +554,242 @@ def check_counting(cluster: Cluster) -> None:
         told = trainer.applied.keys() | trainer.rejected.keys() | trainer.unknown
         told |= {s for s in (trainer.in_flight, *trainer.again) if s is not None}
         assert told >= set(np.flatnonzero(row)), f"{trainer}: an update was applied that was never pushed"
+
+
+SMALL = Layout((Tensor("w", (2, 3), "float32", "parameter"), Tensor("mean", (2,), "float32", "buffer")))
+"""Eight elements: one chunk, so that a push is one message."""
+LARGE = Layout((Tensor("w", (600, 1000), "float32", "parameter"), Tensor("b", (7,), "float32", "parameter")))
+"""Three chunks in fp32."""
+
+
+class Desk:
+    """A server whose outside is the test. Jobs and releases happen when told to, or `by_itself`; saves only when told."""
+
+    def __init__(
+        self,
+        layout: Layout = SMALL,
+        *,
+        epoch: int = 1,
+        recovered: Recovered | None = None,
+        by_itself: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.layout = layout
+        self.settings = ServerSettings.model_validate(settings)
+        count = itertools.count(1)
+        self.core = ServerCore(
+            self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(count)}", recovered=recovered
+        )
+        self.now = 100.0
+        self.by_itself = by_itself
+        """Whether jobs run and buffers are released as soon as they can be."""
+        self.jobs: deque[Run] = deque()
+        self.holds: deque[int] = deque()
+        self.saves: deque[Save] = deque()
+        self.sent: list[tuple[bytes, Message]] = []
+        self.said: list[str] = []
+        self.exited = False
+        self._do(self.core.start(self.now))
+
+    def event(self, event: Any) -> None:
+        """One event, and where things happen by themselves, all that follows from it."""
+        self._do(self.core.handle(event, self.now))
+        while self.by_itself and (self.jobs or self.holds):
+            self.work() if self.jobs else self.release()
+
+    def work(self) -> None:
+        """Run the job that was started."""
+        job = self.jobs.popleft()
+        scratch = np.full(BLOCK_ELEMENTS, np.nan, np.float32)
+        self.event(JobDone(job.job, [job.work(part, part + 1, scratch) for part in range(job.parts)]))
+
+    def release(self) -> None:
+        """The transport has read one more message."""
+        self.event(Released(self.holds.popleft()))
+
+    def finish(self) -> None:
+        """Do and release everything there is."""
+        while self.jobs or self.holds:
+            self.work() if self.jobs else self.release()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, with a Tick at each deadline."""
+        end = self.now + seconds
+        for _ in range(EVENTS_AT_ONCE):
+            deadline = self.core.deadline()
+            if deadline is None or deadline > end:
+                break
+            self.now = max(self.now, deadline) + LATE_S
+            self.event(Tick())
+        else:
+            raise AssertionError(f"{self.core!r} wants Ticks without end")
+        self.now = end
+        self.event(Tick())
+
+    def saved(self) -> Recovered:
+        """The last checkpoint that was written, as another life of the server finds it."""
+        save = self.saves[-1]
+        self.event(Saved(save.version, 0.01))
+        return recovered_from(save)
+
+    def state(self) -> tuple[bytes, Version, int]:
+        """What a refusal must not change: center, version, slots taken."""
+        shard, model = self.core.shard, self.core.state.model
+        assert shard is not None
+        assert model is not None
+        return shard.center.tobytes(), self.core.version, model.slots.taken
+
+    def join(self, name: str = "w", **changes: Any) -> Hand:
+        """A worker that was welcomed and holds the center; the first one supplies it, all zero."""
+        hand = Hand(self, name)
+        welcome = hand.hello(**changes)
+        if self.core.state.initialised:
+            hand.anchor()
+        elif welcome.init == "send":
+            hand.initialise()
+            hand.anchor()
+        return hand
+
+    def _do(self, actions: list[Any]) -> None:
+        self.core.validate()
+        for action in actions:
+            match action:
+                case Send(peer, frames, hold):
+                    self.sent.append((peer, wire.decode([bytes(frame) for frame in frames])))
+                    if hold:
+                        self.holds.append(hold)
+                case Run():
+                    self.jobs.append(action)
+                case Save():
+                    self.saves.append(action)
+                case Exit():
+                    self.exited = True
+                case _ if hasattr(action, "sentence"):
+                    self.said.append(action.sentence)
+
+
+class Hand:
+    """A worker that says what it is told to, on connections of its own."""
+
+    _peers = itertools.count(1)
+
+    def __init__(self, desk: Desk, name: str = "w") -> None:
+        self.desk, self.name = desk, name
+        self.peer = b"hand-%d" % next(self._peers)
+        self.instance = f"{name}-{self.peer!r}"
+        self.session, self.connection = "", 0
+        self.welcome: Any = None
+        self._read = 0
+
+    def send(self, message: Message) -> None:
+        """Say this."""
+        self.raw([bytes(frame) for frame in wire.encode(message)])
+
+    def raw(self, frames: Sequence[Buffer]) -> None:
+        """Say these bytes."""
+        self.desk.event(Received(self.peer, frames))
+
+    def heard(self, kind: Any = object) -> list[Any]:
+        """What was said to this connection since the last call, of that kind."""
+        new, self._read = self.desk.sent[self._read :], len(self.desk.sent)
+        return [message for peer, message in new if peer == self.peer and isinstance(message, kind)]
+
+    def redial(self) -> Hand:
+        """The same worker on a fresh connection; it has not said Hello yet."""
+        other = Hand(self.desk, self.name)
+        other.instance, other.session, other._read = self.instance, self.session, len(self.desk.sent)
+        return other
+
+    def hello(self, *, resume: Resume | None = None, **changes: Any) -> Any:
+        """Say Hello; the last answer: a Welcome, or a Fault."""
+        layout = changes.pop("layout", self.desk.layout)
+        values: dict[str, Any] = {
+            "library": "test",
+            "instance": self.instance,
+            "role": "worker",
+            "worker": self.name,
+            "fingerprint": layout.fingerprint,
+            "elements": layout.elements,
+            "codecs": codecs.names(),
+            "optimizer": Optimizer("SGD", 0.1, 0.0, 1),
+            "resume": resume,
+            "payload": layout.describe(),
+        }
+        self.heard()
+        self.send(Hello(**(values | changes)))
+        answers = self.heard()
+        for answer in answers:
+            if isinstance(answer, Welcome):
+                self.session, self.connection, self.welcome = answer.session, answer.connection, answer
+        return answers[-1]
+
+    def resume(self, last_sent: int, last_applied: int = 0) -> Hand:
+        """Come back on a fresh connection, with what is remembered."""
+        other = self.redial()
+        other.hello(resume=Resume(self.session, last_sent, last_applied, 0))
+        return other
+
+    def initialise(self, fill: float = 0.0) -> None:
+        """Supply the initial weights."""
+        self.push(0, fill, kind="init", codec="fp32")
+
+    def anchor(self) -> Any:
+        """Pull the center to go on from it, all of it."""
+        return self.pull("anchor")
+
+    def pull(self, purpose: Any = "evaluate") -> Any:
+        """Pull the center and take every chunk of it; the answer."""
+        self.send(Pull(self.session, self.connection, purpose, NOWHERE, 0))
+        answers = self.heard()
+        if answers and getattr(answers[-1], "reply", None) is not None and not answers[-1].payload:
+            self.more(answers[-1].reply.id)
+        return answers[-1] if answers else None
+
+    def more(self, reply: int, until: int = 1000) -> None:
+        """Take chunks of a reply."""
+        self.send(More(self.session, self.connection, reply, until))
+
+    def begun(self, number: int, **changes: Any) -> Begin:
+        """The Begin of a push (or, with `kind`, of the initial weights)."""
+        codec = changes.get("codec", self.desk.settings.codec)
+        size = chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32").bytes
+        values = {"kind": "push", "codec": codec, "bytes": size, "base": self.desk.core.version, "merged": 0}
+        return Begin(self.session, self.connection, number=number, **(values | changes))  # type: ignore[arg-type]
+
+    def pieces(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> list[Message]:
+        """The messages of a push, in order: one, or Begin, Chunks and Commit."""
+        begin = self.begun(number, **changes)
+        plan = chunks.plan(self.desk.layout, begin.codec if begin.codec in codecs.names() else "fp32")
+        data = np.zeros(plan.bytes, np.uint8)
+        if plan.codec == "fp32":  # as it is, NaN too
+            data.view(np.float32)[: self.desk.layout.elements] = fill
+        else:
+            plan.encode(np.full(self.desk.layout.elements, fill, np.float32), data)
+        scalars = Scalars(0.5, 8, 1, 0.1)
+        if len(plan.chunks) == 1:
+            return [Push(begin, scalars, data.tobytes())]
+        cut = [data[c.offset : c.offset + c.size].tobytes() for c in plan.chunks]
+        here = (self.session, self.connection, number)
+        return [begin, *(Chunk(*here, i, piece) for i, piece in enumerate(cut)), Commit(*here, scalars)]
+
+    def push(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> Any:
+        """Push all of it; the last answer."""
+        for message in self.pieces(number, fill, **changes):
+            self.send(message)
+        answers = self.heard((Ack,))
+        if answers and answers[-1].reply is not None and not answers[-1].payload:
+            self.more(answers[-1].reply.id)
+        return answers[-1] if answers else None
+
+    def beat(self, steps: int = 0) -> None:
+        """Be heard of."""
+        self.send(Beat(self.session, self.connection, steps))
+
+    def bye(self) -> None:
+        """Leave."""
+        self.send(Bye(self.session, self.connection, "done"))
+
+
+def recovered_from(save: Save) -> Recovered:
+    """A checkpoint as it comes back from a disk."""
+    return Recovered({name: a.copy() for name, a in save.arrays.items()}, json.loads(json.dumps(save.record)))

@@ -21,7 +21,7 @@ import numpy as np
 from common import chunks, codecs, wire
 from common.chunks import Plan
 from common.codecs.base import U8
-from common.errors import Code, CodecError, PeerError, Refused, WireError
+from common.errors import Code, PeerError, Refused, WireError
 from common.layout import Layout
 from common.messages import (
     Ack,
@@ -165,6 +165,14 @@ class Fetched:
     purpose: str
     base: Version
     data: U8 = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """Pushes `first` to `last` were applied, and a crash of the server undid them."""
+
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,9 +386,8 @@ class WorkerCore:
         m, upload = self.membership, self._upload
         if welcome.lost:
             first, last = welcome.lost[0], welcome.lost[-1]
-            self._say(
-                "warning", f"A crash of the server lost updates {first} to {last} of this worker; training goes on."
-            )
+            self._say("warning", f"A crash of the server undid updates {first} to {last} of this worker.")
+            self._deliver(Undone(first, last))
         if welcome.resumed == "live":
             if upload is not None:
                 upload.rewind()
@@ -515,7 +522,6 @@ class WorkerCore:
             raise WireError(f"Chunk {index} of a reply does not fit.")
         chunk = plan.chunks[index]
         download.data[chunk.offset : chunk.offset + chunk.size] = np.frombuffer(payload, np.uint8)
-        plan.check(download.data, chunk)
         download.received[index] = 1
         if download.complete:
             del self._downloads[download.reply.id]
@@ -549,7 +555,7 @@ class WorkerCore:
             message = wire.decode(frames)
             self._last_heard = self._now
             self._dispatch(message)
-        except (WireError, CodecError) as error:
+        except WireError as error:
             if error.code == Code.PROTOCOL_VERSION:
                 self._fail(error)
             else:

@@ -81,7 +81,7 @@ class Observer:
         while (left := deadline - time.monotonic()) > 0:
             match self._driver.news(left):
                 case core.Fetched(base=version, data=data):
-                    self._core.plan(str(self._settings("reply_codec"))).decode(data, self._flat)
+                    self._core.plan(str(self._settings("reply_codec"))).open(data, self._flat)
                     self._binding.scatter(self._flat)
                     return version
                 case core.Finished():

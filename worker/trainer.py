@@ -94,8 +94,10 @@ class Exchanges:
     """Exchanges that were over before anybody waited for them."""
     bytes_up: int = 0
     bytes_down: int = 0
-    lost: int = 0
+    away: int = 0
     """Times the server was away."""
+    undone: int = 0
+    """Pushes that were applied and that a crash of the server undid."""
 
 
 @dataclass(slots=True)
@@ -208,7 +210,7 @@ class Session:
             raise NetworkError(f"{self._address} did not send the center within {timeout_s:g} s.", fix="Is it running?")
         found = copy.deepcopy(self._model)
         flat = np.zeros(self._layout.elements, np.float32)
-        self._down.decode(fetched.data, flat)
+        self._down.open(fetched.data, flat)
         Binding(found, self._layout).scatter(flat)
         return found
 
@@ -349,7 +351,7 @@ class Session:
         """x <- merge(reply) + (x now - start); anchor <- reply. start: (elements,) x when it was pushed."""
         n = self._parameters
         reply = self._anchor
-        self._down.decode(data, reply)
+        self._down.open(data, reply)
         now, merged = self._x, self._scratch
         moved = self._progress.steps > 0
         if moved:
@@ -421,8 +423,10 @@ class Session:
                 self._evaluated = news
             case core.Away(sentence):
                 self._away = True
-                self.exchanges.lost += 1
+                self.exchanges.away += 1
                 log.warning("%s; training goes on", sentence)
+            case core.Undone(first, last):
+                self.exchanges.undone += last - first + 1
             case core.Back():
                 self._away = False
                 log.warning("the server answers again")

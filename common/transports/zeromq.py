@@ -38,7 +38,7 @@ class ZeroMQEndpoint:
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self._socket = socket
         self._address = address
-        self._routes = socket.socket_type == zmq.ROUTER
+        self._routes = socket.type == zmq.ROUTER
         self._trackers: dict[int, list[zmq.MessageTracker]] = {}
         self._released: list[int] = []
         self._monitor: zmq.Socket[bytes] | None = None

@@ -1,0 +1,100 @@
+"""Whatever goes wrong between the cores, each update counts once: seeds x faults, on the counting model.
+
+Laws
+* Nothing is counted twice, nothing durable is lost, whoever lost something is told, versions only grow: the oracle is
+  `tests.cluster.check_counting`, and each center that a worker is given is checked by the same rule.
+* Everybody gets done: no fault leaves a worker waiting for ever.
+
+A failing run says how to repeat it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, Faults, check_counting
+
+FAULTS = {
+    "none": Faults(),
+    "loss": Faults(loss=0.1),
+    "duplication": Faults(duplicate=0.2),
+    "reordering": Faults(reorder=0.2),
+    "cuts": Faults(cut_every_s=0.3),
+    "worker-crashes": Faults(crash_worker_every_s=0.4),
+    "server-crashes": Faults(crash_server_every_s=3.0),
+    "crashes-and-failed-saves": Faults(crash_server_every_s=3.0, failed_saves=0.5),
+    "cuts-and-duplication": Faults(cut_every_s=0.5, duplicate=0.1, delay_s=0.02),
+    "everything": Faults(
+        duplicate=0.05, cut_every_s=2.0, crash_worker_every_s=4.0, crash_server_every_s=5.0, failed_saves=0.2
+    ),
+}
+REAL = [name for name in FAULTS if name not in ("duplication", "reordering", "cuts-and-duplication", "everything")]
+"""What a transport may do to a connection: never the same message twice, and never out of order. Cores that talk in
+single messages bear with both; a chunk that comes twice is a broken transfer."""
+SEEDS = 6
+REPLAY = "COUNTING_SEED"
+"""Environment variable that holds the one seed to run."""
+
+
+def seeds(count: int) -> list[int]:
+    """All of them, or the one that is to be repeated."""
+    return [int(os.environ[REPLAY])] if REPLAY in os.environ else list(range(count))
+
+
+def counted(seed: int, name: str, **changes: Any) -> Cluster:
+    """One run, checked; a failure says how to repeat it."""
+    cluster = Cluster(seed, faults=FAULTS[name], **changes)
+    try:
+        cluster.run()
+        check_counting(cluster)
+    except Exception as error:
+        nodeid = os.environ.get("PYTEST_CURRENT_TEST", "tests/simulation").rpartition(" ")[0]
+        error.add_note(f"at {cluster.now:.6f} s; again: {REPLAY}={seed} python -m pytest '{nodeid}'")
+        raise
+    return cluster
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_small_pushes(name: str) -> None:
+    """One message each way."""
+    for seed in seeds(SEEDS):
+        counted(seed, name, updates=60 if "crash" in name or name == "everything" else 15)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_pushes_of_several_chunks(name: str) -> None:
+    """Begin, Grant, chunks, Commit; Ack, More, chunks. One chunk allowed at a time, and fewer slots than workers."""
+    for seed in seeds(1):
+        settings = {"window_chunks": 1, "pool_mib": 16}
+        counted(100 + seed, name, workers=3, updates=6, guard=600_000, settings=settings)
+
+
+def test_a_run_is_decided_by_its_seed() -> None:
+    """To the last bit, so that a failure can be repeated."""
+
+    def trace(seed: int) -> tuple[float, bytes, list[dict[int, Any]]]:
+        cluster = counted(seed, "everything", updates=20)
+        assert cluster.server is not None
+        assert cluster.server.shard is not None
+        return cluster.now, cluster.server.shard.center.tobytes(), [t.applied for t in cluster.trainers]
+
+    assert trace(1) == trace(1)
+    assert trace(1) != trace(2)
+
+
+def test_server_crashes_really_lose_something() -> None:
+    """Or else the oracle has nothing to see."""
+    clusters = [counted(seed, "server-crashes", updates=60) for seed in seeds(SEEDS)]
+    assert sum(cluster.crashes for cluster in clusters) >= len(clusters)
+    assert any(trainer.reported for cluster in clusters for trainer in cluster.trainers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_many_seeds(name: str) -> None:
+    """10^5 messages and more."""
+    for seed in seeds(150):
+        counted(1000 + seed if REPLAY not in os.environ else seed, name, updates=100)

@@ -1,0 +1,432 @@
+"""The report: its figures follow from the log, its page from its figures, and nothing from outside becomes markup."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy import report
+from deploy.report import EVENTS, OTHERS, POINTS, SCALES, WORKERS, Curve, _axis, figures, page, read, tag, write
+
+HOSTILE = """<script>alert("x")</script>&'><img src=x onerror=alert(1)>$title\ud800"""
+BYTES = 4000
+START_S = 1_785_000_000.0
+
+
+def apply(worker: str, at_s: float, lag: int, **more: Any) -> dict[str, Any]:
+    counts = {"samples": 64, "steps": 2, "bytes_up": BYTES, "bytes_down": 2 * BYTES}
+    line = {"time": START_S + at_s, "kind": "apply", "worker": worker, "number": 1, "version": 1, "lag": lag}
+    return line | {"weight": 1.0, "loss": 2.0 / (1.0 + at_s)} | counts | more
+
+
+def event(kind: str, at_s: float, **values: Any) -> dict[str, Any]:
+    return {"time": START_S + at_s, "kind": kind} | values
+
+
+def small_log(first: str = "a") -> list[dict[str, Any]]:
+    """`first` has three updates of lag 0, 1, 5 and one refused; b one of lag 1. An observer watches."""
+    return [
+        event("join", 0.0, worker=first, role="worker", resumed="new", lost=[]),
+        event("join", 0.0, worker="b", role="worker", resumed="new", lost=[]),
+        event("join", 0.5, worker="watcher", role="observer", resumed="new", lost=[]),
+        apply(first, 1.0, 0, pi_median=0.5, pi_mean=0.6, energy_ratio=0.9),
+        apply("b", 2.0, 1),
+        apply(first, 3.0, 1, loss=None),
+        event("reject", 3.5, worker=first, number=3, code="not_finite", sentence="Element 7 is not finite."),
+        event("fault", 3.6, worker="watcher", code="stale", sentence="Say Hello again."),
+        apply(first, 4.0, 5, pi_median=0.7, pi_mean=0.8, energy_ratio=1.1),
+        event("leave", 10.0, worker=first, role="worker", reason="done", updates=3),
+        event("leave", 10.0, worker="b", role="worker", reason="done", updates=1),
+    ]
+
+
+def small_summary(first: str = "a") -> dict[str, Any]:
+    exchanges = {"stalled_s": 2.5, "hidden": 1, "lost": 0}
+    return {
+        "settings": [
+            {"name": "rule", "value": "gem", "origin": "flag --rule", "description": "update rule"},
+            {"name": "seed", "value": 0, "origin": "default", "description": "start of every random choice"},
+        ],
+        "seeds": {"server": 0, "workers": [1, 2]},
+        "versions": {"python": "3.11"},
+        "task": "digits",
+        "rule": "gem",
+        "workers": [{"name": first, "exchanges": exchanges}, {"name": "b", "stalled_s": 2.5, "hidden": 0}],
+        "center_accuracy": 0.9778,
+        "center_loss": 0.08,
+        "solo_accuracy": 0.9389,
+        "solo_loss": 0.2,
+        "samples_per_s": 25.6,
+        "seconds": 10.0,
+        "updates": 4,
+        "curve": [{"time_s": t, "updates": t, "samples": t, "loss": 1 / t, "accuracy": 1 - 1 / t} for t in (1, 2, 4)],
+        "solo_curve": [{"time_s": 1.0, "updates": 1, "samples": 1, "loss": 1.0, "accuracy": 0.2}],
+        "exit": 0,
+    }
+
+
+def log_into(directory: Path, lines: list[dict[str, Any]], name: str = "run.jsonl", tail: str = "") -> None:
+    (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + tail, encoding="utf-8")
+
+
+def written(directory: Path, summary: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Both files, read back; a NaN in the JSON fails."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    as_json, as_html = write(directory, summary)
+    found = json.loads(as_json.read_text(encoding="utf-8"), parse_constant=refuse)
+    return found, as_html.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[dict[str, Any], str]:
+    log_into(tmp_path, small_log())
+    return written(tmp_path, small_summary())
+
+
+# --- report.json ---
+
+
+def test_it_holds_the_whole_summary_and_what_a_script_may_rely_on(small: tuple[dict[str, Any], str]) -> None:
+    found, summary = small[0], small_summary()
+    for name in summary.keys() - {"workers"}:
+        assert found[name] == summary[name]
+    for given_row, row in zip(summary["workers"], found["workers"], strict=True):
+        assert given_row.items() <= row.items()
+
+
+def test_figures_follow_from_the_log(small: tuple[dict[str, Any], str]) -> None:
+    found = small[0]
+    assert found["lag"]["workers"]["a"] == {"median": 1, "max": 5, "histogram": {"0": 1, "1": 1, "5": 1}}
+    assert (found["lag"]["median"], found["lag"]["max"], found["lag"]["histogram"]) == (1, 5, {"0": 1, "1": 2, "5": 1})
+    assert (found["bytes_up"], found["bytes_down"]) == (4 * BYTES, 8 * BYTES)
+    a, b = found["workers"]
+    assert (a["updates"], a["steps"], a["samples"], a["rejected"]) == (3, 6, 192, 1)
+    assert (b["updates"], b["bytes_up"], b["samples_per_s"]) == (1, BYTES, 6.4)
+    assert found["fairness"] == pytest.approx((3 + 1) ** 2 / (2 * (9 + 1)))
+    assert found["stalled_share"] == pytest.approx(5 / 20)
+    assert found["applied_share"] == pytest.approx(4 / 5)
+    assert found["goodput"] == pytest.approx(0.8 * 0.75)
+    assert found["curves"]["bytes"]["up"] == {
+        "time_s": [1, 2, 3, 4],
+        "updates": [1, 2, 3, 4],
+        "value": [BYTES, 2 * BYTES, 3 * BYTES, 4 * BYTES],
+    }
+    assert found["curves"]["workers"]["a"]["updates"] == [1, 4], "a loss that is not known is no point"
+    assert set(found["curves"]["rule"]) == {"pi_median", "pi_mean", "energy_ratio"}
+
+
+def test_what_the_summary_measured_beats_the_log(tmp_path: Path) -> None:
+    log_into(tmp_path, small_log())
+    summary = small_summary() | {"workers": [{"name": "a", "updates": 7, "bytes_up": 1, "samples_per_s": 3.0}]}
+    found, _ = written(tmp_path, summary)
+    row = next(row for row in found["workers"] if row["name"] == "a")
+    assert (row["updates"], row["bytes_up"], row["bytes_down"], row["samples_per_s"]) == (7, 1, 6 * BYTES, 3.0)
+
+
+def test_an_observer_is_no_worker(small: tuple[dict[str, Any], str]) -> None:
+    assert [row["name"] for row in small[0]["workers"]] == ["a", "b"]
+
+
+def test_workers_are_in_natural_order(tmp_path: Path) -> None:
+    log_into(tmp_path, [apply(f"worker-{i}", i, 0) for i in (10, 9, 1)])
+    assert [row["name"] for row in written(tmp_path, {})[0]["workers"]] == ["worker-1", "worker-9", "worker-10"]
+
+
+def test_what_is_not_finite_becomes_null_and_numpy_becomes_plain(tmp_path: Path) -> None:
+    odd = {"center_loss": float("nan"), "solo_accuracy": np.float32(0.5), "extra": {"a": np.int64(3), "b": tmp_path}}
+    odd |= {"seconds": float("inf"), "curve": [{"time_s": 1.0, "updates": 1, "loss": float("nan"), "accuracy": None}]}
+    found, html = written(tmp_path, odd)
+    assert found["center_loss"] is None
+    assert found["solo_accuracy"] == 0.5
+    assert found["extra"] == {"a": 3, "b": str(tmp_path)}
+    assert found["curve"][0]["loss"] is None
+    assert "nan" not in html.lower().replace("dominant", "")
+
+
+# --- the log ---
+
+
+@pytest.mark.parametrize("summary", [{}, small_summary()], ids=["no summary", "summary"])
+def test_without_a_log_there_is_still_a_report(tmp_path: Path, summary: dict[str, Any]) -> None:
+    found, html = written(tmp_path, summary)
+    required = "center_accuracy solo_accuracy samples_per_s settings seeds versions workers lag bytes_up bytes_down"
+    assert found.keys() >= {*required.split(), "fairness", "curves"}
+    assert found["lag"]["median"] is None
+    assert "<h1>" in html
+
+
+def test_a_torn_or_odd_line_costs_only_itself(tmp_path: Path) -> None:
+    log_into(tmp_path, small_log())
+    whole = figures({}, read(tmp_path))
+    odd = [
+        "[1, 2]",
+        "null",
+        '{"kind": "apply"}',
+        '{"time": 1e200, "kind": "x"}',
+        '{"time": "now", "kind": "x"}',
+        "\x00",
+    ]
+    lines = [json.dumps(line) for line in small_log()]
+    (tmp_path / "run.jsonl").write_bytes("\n".join([*lines, *odd]).encode() + b"\n\xff\xfe\n" + lines[3].encode()[:40])
+    torn = figures({}, read(tmp_path))
+    assert torn.pop("unreadable_lines") == len(odd) + 2
+    assert whole.pop("unreadable_lines") == 0
+    assert torn == whole
+
+
+def test_odd_values_in_a_line_cost_only_themselves(tmp_path: Path) -> None:
+    odd = {"lag": "many", "loss": True, "samples": None, "bytes_up": [1], "pi_median": {}, "worker": "a"}
+    log_into(tmp_path, [*small_log(), apply("a", 5.0, 0) | odd, event("join", 5.0, worker=7, resumed=[], role={})])
+    found, _ = written(tmp_path, {})
+    assert found["workers"][0]["updates"] == 4
+    assert found["bytes_up"] == 4 * BYTES
+    assert found["bytes_down"] == 10 * BYTES
+
+
+def test_the_part_set_aside_comes_first(tmp_path: Path) -> None:
+    lines = small_log()
+    log_into(tmp_path, lines)
+    whole = figures({}, read(tmp_path))
+    log_into(tmp_path, lines[:5], "run.1.jsonl")
+    log_into(tmp_path, lines[5:])
+    assert figures({}, read(tmp_path)) == whole
+
+
+def test_an_earlier_run_in_the_same_log_is_left_out(tmp_path: Path) -> None:
+    log_into(tmp_path, [apply("old", -500.0, 9), *small_log()])
+    found, _ = written(tmp_path, {"started": START_S})
+    assert [row["name"] for row in found["workers"]] == ["a", "b"]
+    assert found["curves"]["bytes"]["up"]["time_s"] == [1, 2, 3, 4]
+
+
+def test_updates_that_the_log_lost_still_count_on_the_axis(tmp_path: Path) -> None:
+    log_into(tmp_path, small_log())
+    found, _ = written(tmp_path, {"updates": 104})
+    assert found["curves"]["bytes"]["up"]["updates"] == [101, 102, 103, 104]
+
+
+# --- bounds ---
+
+
+@given(st.integers(0, 5 * POINTS), st.integers(1, 20))
+def test_a_curve_is_thinned_evenly_and_keeps_its_ends(count: int, window: int) -> None:
+    curve = Curve(window)
+    for i in range(count):
+        curve.add(float(i), i, float(i % 7))
+    columns = curve.columns(0)
+    kept = columns["updates"]
+    assert len(kept) == len(columns["time_s"]) == len(columns["value"]) <= POINTS
+    assert kept[:1] + kept[-1:] == ([0, count - 1] if count else [])
+    assert len({b - a for a, b in zip(kept[:-2], kept[1:-1], strict=True)}) <= 1
+    assert len(kept) > POINTS // 2 or len(kept) == count
+    assert all(0 <= value <= 6 for value in columns["value"])
+
+
+def test_a_moving_average_of_a_constant_is_the_constant() -> None:
+    curve = Curve(window=10)
+    for i in range(3 * POINTS):
+        curve.add(float(i), i, 2.5)
+    assert set(curve.columns(0)["value"]) == {2.5}
+
+
+def test_events_and_workers_are_bounded_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    extra = 50
+    joins = [event("join", i, worker=f"w{i}", role="worker", resumed="new") for i in range(WORKERS + extra)]
+    log_into(tmp_path, [*joins, *(apply(f"w{i}", 1000 + i, 0) for i in range(WORKERS + extra))])
+    found, html = written(tmp_path, {})
+    assert (len(found["events"]["first"]), len(found["events"]["last"])) == EVENTS
+    assert found["events"]["counts"] == {"join": WORKERS + extra}
+    assert f"{WORKERS + extra - sum(EVENTS)} are left out here" in html
+    assert len(found["workers"]) == WORKERS + 1
+    assert next(row for row in found["workers"] if row["name"] == OTHERS)["updates"] == extra
+    assert sum(row["updates"] for row in found["workers"]) == WORKERS + extra
+
+
+@given(st.lists(st.floats(-1e299, 1e299), min_size=1, max_size=5), st.sampled_from([*SCALES, "loss", "any"]))
+def test_an_axis_holds_every_value_and_a_handful_of_marks(values: list[float], kind: str) -> None:
+    if kind in ("time_s", "updates", "bytes"):
+        values = [abs(value) for value in values]
+    axis = _axis(values, kind)
+    assert all(-1e-6 <= axis.place(value) <= 1 + 1e-6 for value in [*values, *axis.ticks])
+    assert len(axis.ticks) <= 12 or kind == "loss"
+    assert axis.ticks == sorted(set(axis.ticks))
+    assert all(axis.label(tick) for tick in axis.ticks)
+
+
+# --- report.html ---
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements with their attributes, and the text; unbalanced markup fails."""
+
+    VOID = frozenset({"meta", "link"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, name: str) -> Iterator[dict[str, str | None]]:
+        return (attributes for tag, attributes in self.elements if tag == name)
+
+
+def test_the_page_shows_nothing_that_the_json_does_not_hold(small: tuple[dict[str, Any], str]) -> None:
+    found, html = small
+    assert page(found) == html
+
+
+def test_it_opens_with_the_result_in_one_sentence(small: tuple[dict[str, Any], str]) -> None:
+    text = "".join(Page(small[1]).text)
+    assert "Center reached 97.8 % after 4 updates in 10.0 s; one worker alone 93.9 %." in text
+
+
+@pytest.mark.parametrize(
+    ("summary", "sentence"),
+    [
+        ({}, "The run ended after 0 updates in 0.0 s."),
+        (
+            {"center_loss": 0.25, "updates": 3, "seconds": 300},
+            "Center reached a test loss of 0.25 after 3 updates in 5.0 min.",
+        ),
+        (
+            {"center_accuracy": 1.0, "updates": 12000, "seconds": 1.5},
+            "Center reached 100.0 % after 12\u202f000 updates in 1.5 s.",
+        ),
+    ],
+)
+def test_the_sentence_says_only_what_is_known(tmp_path: Path, summary: dict[str, Any], sentence: str) -> None:
+    assert sentence in "".join(Page(written(tmp_path, summary)[1]).text)
+
+
+def test_it_has_title_headings_and_words_for_every_picture(small: tuple[dict[str, Any], str]) -> None:
+    found = Page(small[1])
+    assert next(found.all("html"))["lang"] == "en"
+    assert "digits · gem: run report" in found.text
+    assert sum(1 for _ in found.all("h1")) == 1
+    for heading in ("Loss over time", "Loss over updates", "Accuracy over time", "Bytes sent over time", "Workers"):
+        assert heading in found.text
+    for heading in (
+        "Scale π over updates",
+        "Energy of the center over updates",
+        "Lag per worker",
+        "Events",
+        "Settings",
+    ):
+        assert heading in found.text
+    pictures = [attributes for attributes in found.all("svg") if "viewbox" not in attributes]
+    assert len(pictures) == 6 + 2, "six charts and a histogram for each worker"
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
+
+
+def test_it_loads_nothing_and_runs_nothing(small: tuple[dict[str, Any], str]) -> None:
+    html, found = small[1], Page(small[1])
+    assert "://" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    assert not {name for name, _ in found.elements} & {
+        "script",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "form",
+        "a",
+        "base",
+    }
+    assert [link["href"] for link in found.all("link")] == ["data:,"]
+    policy = next(meta["content"] or "" for meta in found.all("meta") if meta.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
+    """With hostile text wherever text may come from, the page has the very elements it has with harmless text."""
+
+    def everywhere(text: str, value: Any) -> Any:
+        match value:
+            case str():
+                return text
+            case dict():
+                return {key: everywhere(text, item) for key, item in value.items()} | ({text: text} if text else {})
+            case list():
+                return [everywhere(text, item) for item in value]
+        return value
+
+    def shown(text: str) -> Page:
+        summary = everywhere(text, small_summary()) | {"exit": text}
+        summary["workers"] = [{"name": text}]
+        lines = [
+            line
+            | {name: text for name, value in line.items() if isinstance(value, str) and name not in ("kind", "role")}
+            for line in small_log()
+        ]
+        lines += [event(text, 11.0, **{text: text}), event("diverged", 12.0, worker=text, version=text)]
+        lines += [apply(text, 13.0, 0, **{text: 1.0})]
+        log_into(tmp_path, lines)
+        return Page(written(tmp_path, summary)[1])
+
+    hostile, harmless = shown(HOSTILE), shown("harmless")
+    assert [name for name, _ in hostile.elements] == [name for name, _ in harmless.elements]
+    assert [set(attributes) for _, attributes in hostile.elements] == [
+        set(attributes) for _, attributes in harmless.elements
+    ]
+    readable = HOSTILE.replace("\ud800", "?")
+    assert "".join(hostile.text).count(readable) == "".join(harmless.text).count("harmless") > 20
+
+
+def test_markup_is_made_of_text_and_markup() -> None:
+    assert (
+        tag("b", "<", tag("i", "&"), (part for part in (">",)), title='"')
+        == '<b title="&quot;">&lt;<i>&amp;</i>&gt;</b>'
+    )
+
+
+def test_a_run_that_diverged_says_so_however_long_ago(tmp_path: Path) -> None:
+    rejects = [event("reject", 5.0 + i, worker="a", number=i, code="diverged", sentence="No.") for i in range(500)]
+    lines = [*small_log()[:5], *rejects[:100], event("diverged", 200.0, worker="a", version=2), *rejects[100:]]
+    log_into(tmp_path, lines)
+    found, html = written(tmp_path, {})
+    assert found["diverged"].endswith("since version 2, after an update of a")
+    assert "This run diverged" in html
+
+
+# --- writing ---
+
+
+def test_each_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, small_summary())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"report.json", "report.html"}
+
+    def fails(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.Path, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
