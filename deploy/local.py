@@ -58,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """Where children find this program."""
 UPDATES_PER_WORKER = 150
 """Budget where none is given."""
-POLL_S, LOOK_S, LINE_S, PATIENCE_S = 0.2, 1.0, 2.0, 10.0
+POLL_S, LOOK_S, LINE_S, PATIENCE_S = 0.2, 0.5, 2.0, 10.0
 """Between two looks at the processes, at the center, between two plain lines; and a wait that is spoken of."""
 LOOK_SHARE = 0.2
 """Looking at the center may take this share of one core."""

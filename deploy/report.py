@@ -156,6 +156,7 @@ class Run:
 
     def __init__(self, started: float | None = None) -> None:
         self.started, self.seconds, self.updates, self.unreadable_lines = started, 0.0, 0, 0
+        self._leaves_out_earlier = started is not None
         self.workers: dict[str, Trace] = {}
         self.loss, self.bytes = Curve(WINDOW), {"up": Curve(), "down": Curve()}
         self.sent = dict.fromkeys(self.bytes, 0)
@@ -172,8 +173,8 @@ class Run:
             self.unreadable_lines += 1
             return
         self.started = at if self.started is None else self.started
-        time_s = at - self.started
-        if time_s < 0:
+        time_s = max(at - self.started, 0.0)
+        if at < self.started and self._leaves_out_earlier:
             return
         self.seconds = max(self.seconds, time_s)
         trace = self._trace(line, time_s)
@@ -213,8 +214,7 @@ class Run:
         if (loss := _number(line.get("loss"))) is not None:
             trace.loss.add(time_s, self.updates, loss)
             self.loss.add(time_s, self.updates, loss)
-        for name in line.keys() - APPLY:
-            value = _number(line[name])
+        for name, value in ((name, _number(value)) for name, value in line.items() if name not in APPLY):
             if value is not None and (name in self.rule or len(self.rule) < DETAILS):
                 self.rule.setdefault(name, Curve(WINDOW)).add(time_s, self.updates, value)
 

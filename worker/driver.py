@@ -42,13 +42,16 @@ class Driver:
         self._arrived = threading.Condition()
         self._error: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
 
     def post(self, event: Any) -> None:
-        """Hand an event to the core, soon."""
-        self._posted.append(event)
-        os.eventfd_write(self._wake, 1)
+        """Hand an event to the core, soon; to one that has ended, nothing."""
+        with self._wake_lock:
+            if self._wake >= 0:
+                self._posted.append(event)
+                os.eventfd_write(self._wake, 1)
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
@@ -75,7 +78,9 @@ class Driver:
                 self._arrived.notify_all()
         finally:
             self._endpoint.close()
-            os.close(self._wake)
+            with self._wake_lock:  # a descriptor's number is soon somebody else's
+                os.close(self._wake)
+                self._wake = -1
 
     def _turn(self) -> None:
         deadline = self._core.deadline()
