@@ -330,11 +330,11 @@ class Session:
 
     def _reject(self, why: str) -> None:
         """This worker's own parameters cannot be pushed: give them up, go on from the center."""
-        self._count_rejected(why)
         log.warning("%s The progress of %d steps is dropped; going on from the center.", why, self._progress.steps)
         self._progress = Progress()
         self._discard = self._reanchoring = True
         self._driver.post(PullWanted("anchor"))
+        self._count_rejected(why)
         if not self._away:
             self._wait(lambda: not self._reanchoring or self._away or self.finished, None, "the center")
 
