@@ -56,6 +56,11 @@ class Code(StrEnum):
     DEGRADED = "degraded"  # nothing could be saved for too long
 
 
+def code_of(text: str) -> Code:
+    """The code of that name; one from a newer peer counts as UNEXPECTED."""
+    return Code(text) if text in set(Code) else Code.UNEXPECTED
+
+
 class ParamserverError(Exception):
     """Base of all errors raised on purpose. `fix` says what to do next; it may be empty."""
 

@@ -1,4 +1,4 @@
-"""A model's tensors <-> one flat float32 vector.
+"""What a model looks like as one flat float32 vector. Knows no torch: a server needs none (`common.binding` does).
 
     flat = [ body | dense | buffers ]
              parameters      float buffers (batch-norm statistics), raw
@@ -8,9 +8,8 @@ Laws
   under 4 KiB (`dense`), which quantise badly, follow. So what goes dense is one range, not a list of ranges.
 * A tensor shared under several names (tied weights) occurs once, under its first name.
 * Integer buffers (such as a count of batches) are local to each worker: described, so that a mismatch shows, but not
-  in the vector. Buffers that the model does not save are left out altogether.
+  in the vector.
 * Two models fit together exactly if their fingerprints are equal; if not, `difference` names the first tensor.
-* Models in half precision exchange float32: what the rounding of a merge did is not taken for training (`Binding`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from common.errors import Code, PeerError, UsageError
+from common.errors import Code, PeerError
 
 Kind = Literal["parameter", "buffer", "local"]
 
@@ -33,8 +27,8 @@ DENSE_BYTES = 4096
 """Parameters smaller than this, or with one dimension, are never quantised."""
 TENSORS = 100_000
 DIMENSIONS = 8
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Names of the types that parameters and float buffers may have."""
 
 
 class Tensor(NamedTuple):
@@ -62,31 +56,6 @@ class Layout(NamedTuple):
     """The tensors of a model in the order of the vector: body, dense, buffers; then the local ones."""
 
     tensors: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> Layout:
-        """The layout of `model`; raises UsageError for what cannot be trained this way."""
-        names: dict[int, list[str]] = {}
-        found: dict[int, tuple[torch.Tensor, Kind]] = {}
-        for tensor, kind, name in _named(model):
-            names.setdefault(id(tensor), []).append(name)
-            found.setdefault(id(tensor), (tensor, kind))
-        tensors = [
-            Tensor(
-                names[key][0],
-                tuple(tensor.shape),
-                str(tensor.dtype).removeprefix("torch."),
-                kind,
-                tuple(names[key][1:]),
-            )
-            for key, (tensor, kind) in found.items()
-        ]
-        for described in tensors:
-            if described.kind == "parameter" and described.dtype not in DTYPES:
-                raise UsageError(f"Cannot exchange {described}: parameters must be {', '.join(DTYPES)}.")
-        if not any(described.kind == "parameter" and described.elements for described in tensors):
-            raise UsageError("The model has no parameters to train.", fix="Join after the model is built.")
-        return cls(tuple(sorted(tensors, key=_order)))
 
     @property
     def parameters(self) -> int:
@@ -139,7 +108,7 @@ class Layout(NamedTuple):
         if len(tensors) > TENSORS:
             raise PeerError(Code.LIMIT, f"The model has over {TENSORS} tensors.")
         layout = cls(tensors)
-        if list(tensors) != sorted(tensors, key=_order) or layout.parameters == 0:
+        if list(tensors) != sorted(tensors, key=order) or layout.parameters == 0:
             raise PeerError(Code.MALFORMED, "The layout has no parameters, or they are not in order.")
         if layout.elements > elements_limit:
             raise PeerError(
@@ -150,25 +119,11 @@ class Layout(NamedTuple):
         return layout
 
 
-def _order(tensor: Tensor) -> int:
+def order(tensor: Tensor) -> int:
     """Place of a tensor's group in the vector; sorting is stable, so the model's order holds within a group."""
     if tensor.kind == "parameter":
         return int(tensor.dense)
     return 2 if tensor.kind == "buffer" else 3
-
-
-def _named(model: torch.nn.Module) -> Iterable[tuple[torch.Tensor, Kind, str]]:
-    saved = model.state_dict(keep_vars=True).keys()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield parameter, "parameter", _plain(name)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in saved:
-            yield buffer, "buffer" if buffer.dtype in FLOATS else "local", _plain(name)
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without what torch.compile and DistributedDataParallel put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _tensor(row: Any) -> Tensor:
@@ -185,36 +140,3 @@ def _tensor(row: Any) -> Tensor:
     if len(shape) > DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
         raise ValueError("shape")
     return Tensor(name, tuple(shape), dtype, kind, tuple(aliases))
-
-
-class Binding:
-    """A model's own tensors, bound to the ranges of a flat vector.
-
-    Reads and writes the tensors in place, on whatever device and in whatever dtype they are.
-    """
-
-    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
-        by_name = {name: tensor for tensor, _, name in _named(model)}
-        self.layout = layout
-        self.exact = all(t.dtype in ("float32", "float64") for t in layout.tensors if t.kind == "parameter")
-        """Whether the parameters hold any float32 value as it is."""
-        self._ranges: list[tuple[torch.Tensor, int, int]] = []
-        start = 0
-        for tensor in layout.tensors:
-            if tensor.kind != "local":
-                self._ranges.append((by_name[tensor.name], start, start + tensor.elements))
-                start += tensor.elements
-
-    @torch.no_grad()
-    def gather(self, flat: NDArray[np.float32]) -> None:
-        """flat: (elements,) <- the model's tensors."""
-        whole = torch.from_numpy(flat)
-        for tensor, first, last in self._ranges:
-            whole[first:last].copy_(tensor.reshape(-1))
-
-    @torch.no_grad()
-    def scatter(self, flat: NDArray[np.float32]) -> None:
-        """The model's tensors <- flat: (elements,)."""
-        whole = torch.from_numpy(flat)
-        for tensor, first, last in self._ranges:
-            tensor.copy_(whole[first:last].view(tensor.shape))

@@ -316,10 +316,10 @@ def status(
     """Show who is at a server, how it goes, and what is waited for."""
     from rich.live import Live
 
-    from worker import observer
+    from common import query
 
     def show() -> dict[str, Any]:
-        return observer.status(address, timeout_s)
+        return query.status(address, timeout_s)
 
     if as_json:
         typer.echo(json.dumps(show()))

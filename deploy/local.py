@@ -40,6 +40,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from common import config
+from common import query
 from common.config import Loaded, ServerSettings
 from common.errors import (
     ConfigError,
@@ -225,11 +226,12 @@ class Child:
         return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
 
     def last_lines(self) -> str:
-        """What it said last, indented."""
+        """What it said last, indented: the error that ended it, if it named one."""
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-LAST_LINES:]) or "    (nothing)"
+            lines = log.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+        errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        return "\n".join(f"    {line}" for line in lines[errors[-1] if errors else 0 :]) or "    (nothing)"
 
     def failure(self, what: str) -> ParamserverError:
         """Its end as the error of the whole run."""
@@ -333,9 +335,8 @@ def _progress(status: dict[str, Any], curve: Sequence[dict[str, Any]], budget: s
     words = [f"{status['updates']:,}{budget} updates"]
     if curve:
         words.append(f"center loss {curve[-1]['loss']:.3f}, accuracy {_percent(curve[-1]['accuracy'])}")
-    live = [worker for worker in status["workers"] if worker["state"] != GONE]
     words.append(f"{status['samples_per_s']:,.0f} samples/s")
-    words.append(f"lag {max((worker['lag'] for worker in live), default=0)}")
+    words.append(f"lag {max((row['lag'] for row in _live(status)), default=0)}")
     return " · ".join(words)
 
 
@@ -378,7 +379,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         server, others = [*filter(None, [self._server])], [*self._workers, *filter(None, [self._solo])]
         running = [child.name for child in (*server, *others) if child.code is None]
         try:
@@ -390,6 +391,8 @@ class Run:
             for child in (*others, *server):
                 child.kill()
             self._ready_file.unlink(missing_ok=True)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) and self.status.get("updates"):
+            self._say("info", f"What was trained is saved; go on with --directory {self._plan.directory}")
 
     @property
     def _ready_file(self) -> Path:
@@ -445,10 +448,10 @@ class Run:
         while not (self.status.get("finished") or self._gone == {worker.name for worker in self._workers}):
             self._watch()
             with suppress(NetworkError, Refused):
-                self.status = status = observer.status(self.address, ANSWER_S)
-                if status["workers"] and not joined:
+                self.status = status = query.status(self.address, ANSWER_S)
+                if _live(status) and not joined:
                     joined = True
-                    self.started = time.time() - max(worker["joined_s"] for worker in status["workers"])
+                    self.started = time.time() - max(row["joined_s"] for row in _live(status))
                 if status["phase"] == "diverged":
                     raise ParamserverError(
                         "Training diverged: the center is no longer finite.",
@@ -470,9 +473,9 @@ class Run:
         trained_s = self.status.get("elapsed_s", 0.0)
         deadline = time.monotonic() + LEAVE_S
         while True:
-            self.status = observer.status(self.address, ANSWER_S) | {"elapsed_s": trained_s}
+            self.status = query.status(self.address, ANSWER_S) | {"elapsed_s": trained_s}
             ended = {worker.name for worker in self._workers if worker.code is not None}
-            here = {worker["name"] for worker in self.status["workers"] if worker["state"] != GONE} - ended
+            here = {row["name"] for row in _live(self.status)} - ended
             if not here or time.monotonic() > deadline:
                 break
             self._patience.wait(here, f"{', '.join(sorted(here))} to leave")
@@ -487,7 +490,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """What each worker did: what it said at its end, and what the server counted."""
-        counted = {row["name"]: row for row in self.status["workers"]}
+        counted = self._counted()
         rows = []
         for number, worker in enumerate(self._workers):
             own = _read(self._report_of(worker.name))
@@ -499,7 +502,7 @@ class Run:
 
     def start_solo(self) -> int:
         """Start it, with as many steps as a worker made on average, which it returns."""
-        rows = self.status["workers"]
+        rows = self._counted().values()
         steps: int = round(sum(row["steps"] for row in rows) / max(len(rows), 1))
         if steps:
             words = ["alone", f"--steps={steps}", f"--report={self._report_of('solo')}", *self._plan.task_words(0)]
@@ -521,6 +524,11 @@ class Run:
         self._say("warning", f"There is nothing to compare with: the lone worker {why}")
         self._end([child], STOP_S)
         return {}
+
+    def _counted(self) -> dict[str, dict[str, Any]]:
+        """What the server counted for each worker; of one that an earlier run of the directory knew, the latest."""
+        rows = sorted(self.status["workers"], key=lambda row: -float(row["joined_s"]))
+        return {row["name"]: row for row in rows if row["name"] in {worker.name for worker in self._workers}}
 
     def _report_of(self, name: str) -> Path:
         return self._plan.directory / "logs" / f"{name}.json"
@@ -548,12 +556,14 @@ class Run:
         lines = worker.last_lines()
         said = "It said the same." if lines in self._told else f"Its last lines:\n{lines}"
         self._told.add(lines)
-        self._say("warning", f"{worker.name} died ({worker.ended()}); {left} go on. {said}")
+        self._say(
+            "warning", f"{worker.name} died ({worker.ended()}); {left or 'none'} of {len(self._workers)} left. {said}"
+        )
 
     def _whom(self) -> str:
         waits: list[str] = self.status.get("waiting_for", [])
-        joined = {worker["name"] for worker in self.status.get("workers", [])}
-        missing = [worker.name for worker in self._workers if worker.code is None and worker.name not in joined]
+        here = {row["name"] for row in _live(self.status)}
+        missing = [worker.name for worker in self._workers if worker.code is None and worker.name not in here]
         waits = waits + ([f"{', '.join(missing)} to join"] if missing else [])
         return "; ".join(waits) or "the next update"
 
@@ -697,6 +707,11 @@ def train_alone(
 
 
 # Words
+
+
+def _live(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the workers that are there."""
+    return [row for row in status.get("workers", []) if row["state"] != GONE]
 
 
 def _read(path: Path) -> dict[str, Any]:

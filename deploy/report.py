@@ -46,6 +46,8 @@ LAG_LIMIT = 1024
 """Larger lags are counted as this one; the largest is known all the same."""
 DETAILS = 8
 """Figures of the rule's own that are followed."""
+SLACK_S = 1.0
+"""`started` may be an estimate: lines from so short a time before it belong to the run, at time 0."""
 LINE_BYTES, TEXT_CHARACTERS = 1 << 16, 300
 LATEST_S = 253_402_300_799
 """End of the year 9999, in seconds since 1970: no log is from later."""
@@ -156,7 +158,7 @@ class Run:
 
     def __init__(self, started: float | None = None) -> None:
         self.started, self.seconds, self.updates, self.unreadable_lines = started, 0.0, 0, 0
-        self._leaves_out_earlier = started is not None
+        self._earliest = 0.0 if started is None else started - SLACK_S
         self.workers: dict[str, Trace] = {}
         self.loss, self.bytes = Curve(WINDOW), {"up": Curve(), "down": Curve()}
         self.sent = dict.fromkeys(self.bytes, 0)
@@ -174,7 +176,7 @@ class Run:
             return
         self.started = at if self.started is None else self.started
         time_s = max(at - self.started, 0.0)
-        if at < self.started and self._leaves_out_earlier:
+        if at < self._earliest:
             return
         self.seconds = max(self.seconds, time_s)
         trace = self._trace(line, time_s)

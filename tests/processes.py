@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from worker.observer import status
+from common.query import status
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0

@@ -21,7 +21,7 @@ import numpy as np
 from common import chunks, codecs, wire
 from common.chunks import Plan
 from common.codecs.base import U8
-from common.errors import Code, PeerError, Refused, WireError
+from common.errors import Code, PeerError, Refused, WireError, code_of
 from common.layout import Layout
 from common.messages import (
     Ack,
@@ -673,8 +673,3 @@ class WorkerCore:
 
     def _say(self, level: str, sentence: str) -> None:
         self._out.append(Say(level, sentence))
-
-
-def code_of(text: str) -> Code:
-    """The code of that name; one from a newer server counts as UNEXPECTED."""
-    return Code(text) if text in set(Code) else Code.UNEXPECTED

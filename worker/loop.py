@@ -4,9 +4,9 @@
     trained = train_alone(task, steps=300)     the very same loop without a server, to compare with
 
 Laws
-* The loop adds nothing to a step but the two calls that every user's own loop has: no logging, no waiting for the
-  device beyond the one in `session.step`. What a progress display costs is up to `on_step`.
-* Nothing is written; Ctrl-C leaves the loop as it does any other, and the server is told.
+* The loop adds to a step what any user's own loop has, and no more: it logs nothing, and waits for the device only
+  where `session.step` does. What a progress display costs is up to `on_step`.
+* Nothing is written, and Ctrl-C is left to the caller: on its way out the server is told.
 
 Left out: mixed precision, gradient accumulation, schedules. `worker.join` in your own loop takes them all.
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,22 +27,11 @@ from common.config import WorkerSettings
 from common.errors import ConfigError
 from worker import tasks, trainer
 from worker.tasks import Context, Task
-from worker.trainer import Exchanges
-
-
-class Stepped(Protocol):
-    """Where the steps of a loop go: a `Session`, or `Alone`."""
-
-    finished: bool
-
-    def step(self, loss: torch.Tensor, samples: int) -> None:
-        """One optimizer step was made."""
-        ...
-
+from worker.trainer import Exchanges, Session
 
 OnStep: TypeAlias = Callable[[int, torch.Tensor, float, Any], None]
-"""on_step(step, loss, samples_per_s, session) after each step; loss: a scalar without graph, on the model's device;
-samples_per_s: the mean so far."""
+"""on_step(step, loss, samples_per_s, session) after each step. loss: () without graph, on the model's device;
+samples_per_s: the mean so far; session: the Session, or Alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +41,16 @@ class Trained:
     steps: int
     samples: int
     seconds: float
+    samples_per_s: float
     last_loss: float
     """Of the last batch, before its step; NaN where there was none."""
 
-    @property
-    def samples_per_s(self) -> float:
-        """Mean over the whole loop."""
-        return self.samples / self.seconds if self.seconds > 0 else 0.0
-
 
 @dataclass(frozen=True, slots=True)
-class WorkerReport:
+class WorkerReport(Trained):
     """What one worker did, and what its exchanges cost."""
 
     name: str
-    steps: int
-    samples: int
-    seconds: float
-    samples_per_s: float
-    last_loss: float
     exchanges: Exchanges
 
 
@@ -84,50 +64,40 @@ def run(
 ) -> WorkerReport:
     """Train `settings.task` at `settings.address` until the server's budget is used up.
 
-    model_seed: start of the initial weights, the same for all workers of a run; threads: of torch, for its kernels.
-    Raises ConfigError for a task or device that is not there, and what `worker.join` raises.
+    model_seed: start of the initial weights, the same for all workers of a run; data: folder of data sets; threads:
+    those of torch's kernels. Raises ConfigError for a task or device that is not there, and what `worker.join` raises.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    device = _device(settings.device)
-    context = Context(settings.seed, model_seed, settings.name or "worker", device, data)
+    context = Context(settings.seed, model_seed, settings.name or "worker", _device(settings.device), data)
     task = tasks.load(settings.task).make(context)
     _seed(settings.seed)
-    with trainer.join(
-        settings.address,
-        task.model,
-        task.optimizer,
-        name=settings.name,
-        connect_timeout_s=settings.connect_timeout_s,
-    ) as session:
-        done = train(task, session, on_step=on_step)
-    return WorkerReport(
-        session.name, done.steps, done.samples, done.seconds, done.samples_per_s, done.last_loss, session.exchanges
-    )
+    own = {"name": settings.name, "connect_timeout_s": settings.connect_timeout_s}
+    with trainer.join(settings.address, task.model, task.optimizer, **own) as session:
+        trained = train(task, session, on_step=on_step)
+    return WorkerReport(**asdict(trained), name=session.name, exchanges=session.exchanges)
 
 
-def train(task: Task, session: Stepped, *, on_step: OnStep | None = None) -> Trained:
+def train(task: Task, session: Session | Alone, *, on_step: OnStep | None = None) -> Trained:
     """Train until the session is finished; raises ConfigError where the task has no data."""
-    model, optimizer = task.model, task.optimizer
-    model.train()
+    task.model.train()
+    batches = forever(task.batches)
     steps = samples = 0
     loss = torch.tensor(float("nan"))
     started = time.monotonic()
-    batches = forever(task.batches)
     while not session.finished:
         batch = next(batches)
-        optimizer.zero_grad()
-        loss = task.loss(model, batch)
+        task.optimizer.zero_grad()
+        loss = task.loss(task.model, batch)
         loss.backward()
-        optimizer.step()
-        loss = loss.detach()
-        size = task.samples(batch)
+        task.optimizer.step()
+        loss, size = loss.detach(), task.samples(batch)
         session.step(loss, size)
-        steps += 1
-        samples += size
+        steps, samples = steps + 1, samples + size
         if on_step is not None:
             on_step(steps, loss, samples / (time.monotonic() - started), session)
-    return Trained(steps, samples, time.monotonic() - started, float(loss))
+    seconds = time.monotonic() - started
+    return Trained(steps, samples, seconds, samples / seconds if steps else 0.0, float(loss))
 
 
 def train_alone(task: Task, steps: int, *, on_step: OnStep | None = None) -> Trained:
@@ -136,16 +106,19 @@ def train_alone(task: Task, steps: int, *, on_step: OnStep | None = None) -> Tra
 
 
 class Alone:
-    """In place of a session: counts the steps, exchanges nothing."""
+    """In place of a session: counts the steps and exchanges nothing."""
 
     def __init__(self, steps: int) -> None:
         self._left = steps
-        self.finished = steps <= 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made."""
+        return self._left <= 0
 
     def step(self, loss: torch.Tensor, samples: int) -> None:
         """One step less to go."""
         self._left -= 1
-        self.finished = self._left <= 0
 
 
 def forever(batches: Iterable[Any]) -> Iterator[Any]:
@@ -164,16 +137,14 @@ def forever(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise ConfigError(f"Setting 'device' cannot be '{name}': {reason}.", fix="Such as cpu or cuda:0.") from error
-    return device
+        raise ConfigError(f"Setting 'device' cannot be '{name}': {reason}.", fix="Such as cpu or cuda:0.") from None
 
 
 def _seed(seed: int) -> None:
-    """Start all that a model or data set may draw from while it trains, such as dropout."""
+    """Start what models and data sets may draw from while training, such as dropout."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

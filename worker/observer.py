@@ -6,48 +6,22 @@ with Observer(address, model) as observer: observer.fetch() loads the center int
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
-from common import transports, wire
+from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.errors import NetworkError, Refused
-from common.layout import Binding, Layout
-from common.messages import Answer, Fault, Query, Version
-from common.transports.base import SERVER
+from common.messages import Version
 from worker import core
 from worker.core import PullWanted, WorkerCore
 from worker.driver import Driver
 from worker.trainer import LIBRARY
-
-
-def status(address: str, timeout_s: float = 5.0) -> dict[str, Any]:
-    """What is going on at the server, as plain values; raises NetworkError where nobody answers in time."""
-    endpoint = transports.dial(address)
-    never = os.eventfd(0)
-    try:
-        endpoint.send(SERVER, wire.encode(Query()))
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            endpoint.wait(left, also=never)
-            while (received := endpoint.receive()) is not None:
-                match wire.decode(received[1]):
-                    case Answer(payload=payload):
-                        answer: dict[str, Any] = json.loads(bytes(payload))
-                        return answer
-                    case Fault() as fault:
-                        raise Refused(core.code_of(fault.code), fault.sentence, fix=fault.fix)
-    finally:
-        endpoint.close()
-        os.close(never)
-    raise NetworkError(f"Nothing answers at {address} within {timeout_s:g} s.", fix="Is the server running there?")
 
 
 class Observer:
@@ -55,7 +29,7 @@ class Observer:
 
     def __init__(self, address: str, model: torch.nn.Module, *, name: str = "observer") -> None:
         self._address = address
-        self._layout = Layout.of(model)
+        self._layout = layout_of(model)
         self._binding = Binding(model, self._layout)
         self._flat = zeros(self._layout.elements, np.float32)
         self._core = WorkerCore(

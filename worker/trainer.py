@@ -31,11 +31,11 @@ import numpy as np
 import torch
 
 from common import rules
+from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
-from common.layout import Binding, Layout
 from common.messages import NOWHERE, Optimizer, Scalars, Version
 from worker import core
 from worker.core import PullWanted, PushWanted, WorkerCore
@@ -124,7 +124,7 @@ class Session:
         self._address = address
         self._model = model
         self._optimizer = optimizer
-        self._layout = Layout.of(model)
+        self._layout = layout_of(model)
         self._binding = Binding(model, self._layout)
         self._parameters = self._layout.parameters
         elements = self._layout.elements

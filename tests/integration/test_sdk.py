@@ -10,7 +10,8 @@ import torch
 from common.errors import Code, NetworkError, Refused, UsageError
 from tests.processes import Server, cleaned_up
 from worker import join
-from worker.observer import Observer, status
+from common.query import status
+from worker.observer import Observer
 
 STEPS = 60
 LR = 0.05

@@ -1,10 +1,13 @@
 """`digits`: 1797 handwritten digits of 8 x 8 pixels, for a first look. They ship with scikit-learn.
 
-    conv 3x3, 1 -> 16, relu; conv 3x3, 16 -> 32, relu; pool 2; linear 512 -> 10         9,930 parameters
+    conv 3x3, 1 -> 32, relu, pool 2;  conv 3x3, 32 -> 64, relu, pool 2;  linear 256 -> 10       21,386 parameters
 
-Plain SGD on batches of 32. One pixel in a stratified fifth of the data is never trained on. Every worker goes through
-the whole training set, in an order of its own.
-Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (the test set of it).
+Plain SGD on batches of 32 of the 1438 to train on; 359, a fifth of each class, are kept to test on. Every worker goes
+through the whole training set, in an order of its own.
+
+300 steps alone reach 97 to 98 % of the test digits, four workers under `gem` in 300 steps each 99 %, which alone takes
+four times the steps. Left out: momentum and weight decay (GEM brings the momentum), augmentation.
+Data: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, of it the test set.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from worker.tasks.base import Context, Evaluation, Task, TaskFamily
 CLASSES = 10
 BATCH_SAMPLES = 32
 LR = 0.05
-"""Step size of plain SGD: alone it could be larger, but GEM adds a momentum of 0.9 on top of it."""
+"""Step size of plain SGD. Alone twice of it is as good; GEM multiplies it by its proxy's momentum."""
 TEST_SHARE = 0.2
 SPLIT_SEED = 0
 """The split is part of the task: every run is measured on the same digits."""
@@ -31,13 +34,14 @@ SPLIT_SEED = 0
 def network() -> nn.Sequential:
     """(n, 1, 8, 8) float32 pixels, mean 0 and variance 1 -> (n, 10) logits."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(512, CLASSES),
+        nn.Linear(256, CLASSES),
     )
 
 

@@ -212,6 +212,12 @@ def test_an_earlier_run_in_the_same_log_is_left_out(tmp_path: Path) -> None:
     assert found["curves"]["bytes"]["up"]["time_s"] == [1, 2, 3, 4]
 
 
+def test_a_start_that_is_told_a_little_late_loses_no_join(tmp_path: Path) -> None:
+    log_into(tmp_path, small_log())
+    found, _ = written(tmp_path, {"started": START_S + 0.02})
+    assert [event["time_s"] for event in found["events"]["first"][:3]] == [0, 0, 0.48]
+
+
 def test_a_clock_that_is_set_back_loses_no_line(tmp_path: Path) -> None:
     log_into(tmp_path, [apply("a", 0.0, 0), apply("a", -3.0, 0), apply("a", 1.0, 0)])
     found, _ = written(tmp_path, {})
@@ -246,6 +252,13 @@ def test_a_moving_average_of_a_constant_is_the_constant() -> None:
     for i in range(3 * POINTS):
         curve.add(float(i), i, 2.5)
     assert set(curve.columns(0)["value"]) == {2.5}
+
+
+def test_a_moving_average_settles_in_the_middle_of_a_noise() -> None:
+    curve = Curve(window=10)
+    for i in range(3 * POINTS):
+        curve.add(float(i), i, float(i % 2))
+    assert all(value == pytest.approx(0.5, abs=0.06) for value in curve.columns(0)["value"][10:])
 
 
 def test_events_and_workers_are_bounded_and_what_is_left_out_is_counted(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""A torch model <-> the flat float32 vector that its layout describes.
+
+Laws
+* Tensors are read and written in place, on whatever device and in whatever dtype they are.
+* A tensor shared under several names (tied weights) occurs once. Buffers that the model does not save are left out.
+* Wrappers do not show: a compiled or data-parallel model has the layout of the model inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.errors import UsageError
+from common.layout import DTYPES, Kind, Layout, Tensor, order
+
+
+def layout_of(model: torch.nn.Module) -> Layout:
+    """The layout of `model`; raises UsageError for what cannot be trained this way."""
+    names: dict[int, list[str]] = {}
+    found: dict[int, tuple[torch.Tensor, Kind]] = {}
+    for tensor, kind, name in _named(model):
+        names.setdefault(id(tensor), []).append(name)
+        found.setdefault(id(tensor), (tensor, kind))
+    tensors = [
+        Tensor(
+            names[key][0],
+            tuple(tensor.shape),
+            _dtype(tensor),
+            kind,
+            tuple(names[key][1:]),
+        )
+        for key, (tensor, kind) in found.items()
+    ]
+    for described in tensors:
+        if described.kind == "parameter" and described.dtype not in DTYPES:
+            raise UsageError(f"Cannot exchange {described}: parameters must be {', '.join(DTYPES)}.")
+    if not any(described.kind == "parameter" and described.elements for described in tensors):
+        raise UsageError("The model has no parameters to train.", fix="Join after the model is built.")
+    return Layout(tuple(sorted(tensors, key=order)))
+
+
+class Binding:
+    """A model's own tensors, bound to the ranges of a flat vector.
+
+    Reads and writes the tensors in place, on whatever device and in whatever dtype they are.
+    """
+
+    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+        by_name = {name: tensor for tensor, _, name in _named(model)}
+        self.layout = layout
+        self.exact = all(t.dtype in ("float32", "float64") for t in layout.tensors if t.kind == "parameter")
+        """Whether the parameters hold any float32 value as it is."""
+        self._ranges: list[tuple[torch.Tensor, int, int]] = []
+        start = 0
+        for tensor in layout.tensors:
+            if tensor.kind != "local":
+                self._ranges.append((by_name[tensor.name], start, start + tensor.elements))
+                start += tensor.elements
+
+    @torch.no_grad()
+    def gather(self, flat: NDArray[np.float32]) -> None:
+        """flat: (elements,) <- the model's tensors."""
+        whole = torch.from_numpy(flat)
+        for tensor, first, last in self._ranges:
+            whole[first:last].copy_(tensor.reshape(-1))
+
+    @torch.no_grad()
+    def scatter(self, flat: NDArray[np.float32]) -> None:
+        """The model's tensors <- flat: (elements,)."""
+        whole = torch.from_numpy(flat)
+        for tensor, first, last in self._ranges:
+            tensor.copy_(whole[first:last].view(tensor.shape))
+
+
+def _named(model: torch.nn.Module) -> Iterable[tuple[torch.Tensor, Kind, str]]:
+    saved = model.state_dict(keep_vars=True).keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield parameter, "parameter", _plain(name)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in saved:
+            yield buffer, "buffer" if _dtype(buffer) in DTYPES else "local", _plain(name)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,83 @@
+"""One job at a time; pushes in the order they came, pulls before pushes that wait, nothing twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paramserver.order import Job, WorkOrder
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(["push", "pull", "empty", "next", "done"]), max_size=60))
+def test_order_of_work(steps: list[str]) -> None:
+    order = WorkOrder()
+    expected: list[str] = []
+    started: list[str] = []
+    finished: list[str] = []
+    running: Any = None
+    count = 0
+
+    def job(name: str) -> Job:
+        def start() -> Any:
+            started.append(name)
+            return None if name.startswith("empty") else lambda first, last, scratch: True
+
+        return Job(name, start, lambda results: finished.append(name))
+
+    for step in steps:
+        match step:
+            case "push" | "empty" | "pull":
+                count += 1
+                name = f"{step} {count}"
+                order.add(job(name), first=step == "pull")
+                expected.insert(0 if step == "pull" else len(expected), name)
+            case "next":
+                run = order.next(4, 100)
+                if running is not None:
+                    assert run is None, "never two jobs at once"
+                    continue
+                while expected and expected[0].startswith("empty"):
+                    assert started.count(expected.pop(0)) == 1
+                assert (run is None) == (not expected)
+                if run is not None:
+                    running = expected.pop(0), run
+                    assert (run.parts, run.elements) == (4, 100)
+                    assert started[-1] == running[0]
+            case "done" if running is not None:
+                order.finish(running[1].job, [True])
+                assert finished[-1] == running[0]
+                running = None
+        assert len(order) == len(expected) + (running is not None)
+        assert len(set(started)) == len(started)
+    assert [name for name in started if name.startswith("push")] == sorted(
+        (name for name in started if name.startswith("push")), key=lambda name: int(name.split()[1])
+    )
+
+
+def test_finishing_what_does_not_run_is_a_defect() -> None:
+    order = WorkOrder()
+    with pytest.raises(AssertionError):
+        order.finish(1, [])
+    order.add(Job("a", lambda: lambda first, last, scratch: True, lambda results: None))
+    run = order.next(1, 1)
+    assert run is not None
+    assert "running a" in repr(order)
+    with pytest.raises(AssertionError):
+        order.finish(run.job + 1, [])
+    order.finish(run.job, [True])
+
+
+def test_a_job_may_add_another_when_it_is_done() -> None:
+    order = WorkOrder()
+    done: list[str] = []
+    second = Job("b", lambda: lambda first, last, scratch: True, lambda results: done.append("b"))
+    order.add(Job("a", lambda: lambda first, last, scratch: True, lambda results: order.add(second)))
+    for _ in range(2):
+        run = order.next(1, 1)
+        assert run is not None
+        order.finish(run.job, [True])
+    assert done == ["b"]
