@@ -179,7 +179,7 @@ def _load(model: str, file: Path | None, flags: Mapping[str, Any]) -> Loaded[Any
 # The commands
 
 CONFIG = typer.Option(None, "--config", metavar="FILE", help="TOML file with settings")
-PRINT_CONFIG = typer.Option(False, "--print-config", metavar="", help="show every setting and where it came from, then end")
+PRINT_CONFIG = typer.Option(False, "--print-config", metavar="", help="show every setting and where it came from")
 JSON = typer.Option(False, "--json", metavar="", help="as JSON, for scripts")
 PARENT = typer.Option(None, hidden=True, help="process id of the parent that this process shall not outlive")
 DATA = typer.Option(None, "--data", metavar="PATH", help="folder of data sets, for tasks that read one")

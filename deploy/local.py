@@ -39,8 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from common import config
-from common import query
+from common import config, query
 from common.config import Loaded, ServerSettings
 from common.errors import (
     ConfigError,

@@ -421,10 +421,14 @@ def _section(name: str, *inside: Html) -> Html:
 
 def _result(report: Mapping[str, Any]) -> str:
     spent = f"after {_count(report['updates'])} updates in {_duration(report['seconds'])}"
+    solo = report.get("solo")  # where the summary says how long the lone worker trained, so does the sentence
+    steps = (
+        f" after {_count(_number(solo.get('steps')))} steps" if isinstance(solo, Mapping) and solo.get("steps") else ""
+    )
     for unit, words, form in (("accuracy", "", _percent), ("loss", "a test loss of ", _short)):
         reached, alone = report[f"center_{unit}"], report[f"solo_{unit}"]
         if reached is not None:
-            versus = f"; one worker alone {form(alone)}" if alone is not None else ""
+            versus = f"; one worker alone {form(alone)}{steps}" if alone is not None else ""
             return f"Center reached {words}{form(reached)} {spent}{versus}."
     return f"The run ended {spent}."
 
@@ -463,8 +467,8 @@ def _tile(name: str, figure: str, note: str) -> Html:
 def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[Html]:
     curves, center, few = report["curves"], report["curve"], len(colors) <= COLORS
     for x, words in (("time_s", "time"), ("updates", "updates")):
-        traces = list(curves["workers"].items())[:LINES]
-        lines = [Line(name if few else "", _points(trace, x), colors[name]) for name, trace in traces]
+        traced = [name for name in colors if name in curves["workers"]][:LINES]
+        lines = [Line(name if few else "", _points(curves["workers"][name], x), colors[name]) for name in traced]
         lines += [] if few else [Line("all workers", _points(curves["loss"], x), "c0")]
         lines.append(Line("center, test data", _samples(center, x, "loss"), "ink"))
         yield _chart(f"Loss over {words}", "Training loss of the workers, moving average.", lines, x, "loss")

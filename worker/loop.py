@@ -72,8 +72,8 @@ def run(
     context = Context(settings.seed, model_seed, settings.name or "worker", _device(settings.device), data)
     task = tasks.load(settings.task).make(context)
     _seed(settings.seed)
-    own = {"name": settings.name, "connect_timeout_s": settings.connect_timeout_s}
-    with trainer.join(settings.address, task.model, task.optimizer, **own) as session:
+    name, timeout_s = settings.name, settings.connect_timeout_s
+    with trainer.join(settings.address, task.model, task.optimizer, name=name, connect_timeout_s=timeout_s) as session:
         trained = train(task, session, on_step=on_step)
     return WorkerReport(**asdict(trained), name=session.name, exchanges=session.exchanges)
 

@@ -332,6 +332,10 @@ def test_it_opens_with_the_result_in_one_sentence(small: tuple[dict[str, Any], s
     [
         ({}, "The run ended after 0 updates in 0.0 s."),
         (
+            {"center_accuracy": 0.5, "updates": 9, "seconds": 1, "solo_accuracy": 0.25, "solo": {"steps": 3}},
+            "Center reached 50.0 % after 9 updates in 1.0 s; one worker alone 25.0 % after 3 steps.",
+        ),
+        (
             {"center_loss": 0.25, "updates": 3, "seconds": 300},
             "Center reached a test loss of 0.25 after 3 updates in 5.0 min.",
         ),

@@ -1,0 +1,578 @@
+"""The worker's core against a server that is played by hand: what it says when, and what the trainer is told.
+
+The other half of these laws, both cores together under faults, is `tests/simulation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import wire
+from common.layout import Layout
+from common.messages import (
+    Ack,
+    Beat,
+    Begin,
+    Bye,
+    Chunk,
+    Commit,
+    Fault,
+    Grant,
+    Hello,
+    Message,
+    More,
+    Offer,
+    Pull,
+    Push,
+    Reply,
+    Resume,
+    Scalars,
+    Version,
+    Welcome,
+)
+from common.node import Received, Send, Tick
+from common.transports.base import SERVER
+from tests.cluster import LARGE, SMALL
+from worker import core as worker
+from worker.core import WorkerCore
+
+SETTINGS = {"rule": "downpour", "codec": "fp32", "reply_codec": "fp32", "local_steps": 1, "overlap": False}
+SETTINGS |= {"buffers": "average", "lease_s": 30.0, "window_chunks": 2, "finished": False}
+SCALARS = Scalars(0.5, 8, 1, 0.1)
+SILENCE_S = 15.0
+BOTH = pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
+
+
+class Bench:
+    """One core; `told` is what it said to the server, `news` what it said to the trainer, both since the last look."""
+
+    def __init__(self, layout: Layout = SMALL, role: Any = "worker") -> None:
+        self.layout = layout
+        self.core = WorkerCore(
+            name="w", instance="i", library="test", layout=layout, optimizer=None, role=role
+        )
+        self.now = 50.0
+        self.redials = 0
+        self._told: list[Message] = []
+        self._news: list[Any] = []
+        self.does(worker.Dialled())
+
+    def does(self, event: Any) -> None:
+        actions = self.core.handle(event, self.now)
+        self.core.validate()
+        for action in actions:
+            match action:
+                case Send(_, frames):
+                    self._told.append(wire.decode([bytes(frame) for frame in frames]))
+                case worker.Redial():
+                    self.redials += 1
+                    self.does(worker.Dialled())
+                case worker.Deliver(news):
+                    self._news.append(news)
+
+    def hears(self, *messages: Message) -> None:
+        for message in messages:
+            self.does(Received(SERVER, [bytes(frame) for frame in wire.encode(message)]))
+
+    def told(self, kind: Any = object) -> list[Any]:
+        told, self._told = self._told, []
+        return [message for message in told if isinstance(message, kind)]
+
+    def news(self, kind: Any = object) -> list[Any]:
+        news, self._news = self._news, []
+        return [one for one in news if isinstance(one, kind)]
+
+    def wait(self, seconds: float, *, echo: bool = False) -> None:
+        """Let time pass with Ticks; with `echo` the server answers each beat, and nothing else."""
+        end = self.now + seconds
+        while (deadline := self.core.deadline()) is not None and deadline <= end:
+            self.now = max(deadline, self.now) + 1e-6
+            before = len(self._told)
+            self.does(Tick())
+            if echo:
+                self.hears(*(m for m in self._told[before:] if isinstance(m, Beat)))
+        self.now = end
+
+    def welcome(self, **changes: Any) -> Welcome:
+        values: dict[str, Any] = {"session": "s", "connection": 1, "worker": "w", "version": Version(1, 0)}
+        values |= {"settings": SETTINGS, "rule_settings": {}, "init": "have", "resumed": "new", "last_decided": 0}
+        return Welcome(**(values | {"outcome": "none", "lost": ()} | changes))
+
+    def reply(self, version: Version, number: int = 1) -> tuple[Reply, bytes]:
+        plan = self.core.plan("fp32")
+        data = np.zeros(plan.bytes, np.uint8)
+        plan.encode(np.full(self.layout.elements, float(version.version), np.float32), data)
+        return Reply(number, plan.bytes, "fp32", version), data.tobytes()
+
+    def down(self, announce: Any, version: Version, reply_id: int, connection: int = 1) -> None:
+        """An Ack or Offer with its reply, in one piece or in chunks."""
+        reply, data = self.reply(version, reply_id)
+        plan = self.core.plan("fp32")
+        if len(plan.chunks) == 1:
+            self.hears(announce(reply, data))
+            return
+        self.hears(announce(reply, b""))
+        for index, chunk in enumerate(plan.chunks):
+            piece = data[chunk.offset : chunk.offset + chunk.size]
+            self.hears(Chunk("s", connection, reply_id, index, piece))
+
+    def anchor(self, version: Version = Version(1, 0), connection: int = 1) -> None:
+        """The server's answer to a pull."""
+        self.down(
+            lambda reply, data: Offer("s", connection, "anchor", reply, False, data), version, 100, connection
+        )
+
+    def ack(self, number: int, version: Version, connection: int = 1, outcome: Any = "applied", code: str = "") -> None:
+        def announce(reply: Reply | None, data: bytes) -> Ack:
+            return Ack("s", connection, number, outcome, code, "", version, Version(1, 0), 1.0, False, reply, data)
+
+        if outcome == "applied":
+            self.down(announce, version, 200 + number, connection)
+        else:
+            self.hears(announce(None, b""))
+
+    def pushes(self, base: Version = Version(1, 0)) -> None:
+        data = np.zeros(self.core.plan("fp32").bytes, np.uint8)
+        self.does(worker.PushWanted(data, SCALARS, base))
+
+
+def joined(layout: Layout = SMALL) -> Bench:
+    bench = Bench(layout)
+    bench.hears(bench.welcome())
+    bench.anchor()
+    bench.told()
+    bench.news()
+    return bench
+
+
+# Joining
+
+
+@BOTH
+def test_joining_a_server_that_has_weights(layout: Layout) -> None:
+    bench = Bench(layout)
+    [hello] = bench.told()
+    assert isinstance(hello, Hello)
+    assert hello.resume is None
+    assert bytes(hello.payload) == layout.describe()
+    bench.hears(bench.welcome())
+    assert [type(one) for one in bench.news()] == [worker.Joined]
+    [pull] = bench.told()
+    assert (pull.purpose, pull.session, pull.connection) == ("anchor", "s", 1)
+    bench.anchor(Version(1, 7))
+    [fetched] = bench.news()
+    assert (fetched.purpose, fetched.base) == ("anchor", (1, 7))
+    assert bench.core.phase == "joined"
+
+
+@BOTH
+def test_supplying_the_first_weights(layout: Layout) -> None:
+    bench = Bench(layout)
+    bench.hears(bench.welcome(init="wait"))
+    bench.hears(bench.welcome(init="send"))
+    assert bench.news(worker.NeedWeights)
+    plan = bench.core.plan("fp32")
+    bench.told()
+    bench.does(worker.InitialWeights(np.zeros(plan.bytes, np.uint8)))
+    if layout is LARGE:
+        [begin] = bench.told()
+        assert (begin.kind, begin.number, begin.bytes) == ("init", 0, plan.bytes)
+        bench.hears(Grant("s", 1, 0, "go", 2, "", ""))
+        assert [m.index for m in bench.told(Chunk)] == [0, 1]
+        bench.hears(More("s", 1, 0, 4))
+        *chunks, commit = bench.told()
+        assert [m.index for m in chunks] == [2]
+        assert isinstance(commit, Commit)
+    else:
+        [push] = bench.told()
+        assert push.begin.kind == "init"
+    bench.hears(Ack("s", 1, 0, "applied", "", "", Version(1, 0), Version(0, 0), 1.0, False))
+    assert [m.purpose for m in bench.told(Pull)] == ["anchor"]
+
+
+@BOTH
+def test_weights_of_another_are_adopted_also_in_the_middle_of_sending(layout: Layout) -> None:
+    """It was too slow, and somebody else was asked."""
+    bench = Bench(layout)
+    bench.hears(bench.welcome(init="send"))
+    bench.does(worker.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
+    bench.hears(bench.welcome(init="have", version=Version(1, 0)))
+    bench.anchor()
+    assert bench.news(worker.Fetched)
+    bench.told()
+    bench.pushes()
+    for message in bench.told():
+        begin = message.begin if isinstance(message, Push) else message
+        assert begin.kind == "push", "the weights are no longer wanted"
+
+
+def test_welcome_may_be_too_slow_and_then_another_is_asked_for() -> None:
+    bench = Bench()
+    times = []
+    for _ in range(8):
+        before, now = bench.redials, bench.now
+        while bench.redials == before:
+            bench.wait(0.01)
+        times.append(round(bench.now - now, 1))
+    assert times[0] <= 0.6
+    assert max(times) <= 5.1
+    assert times == sorted(times), "more patient each time"
+
+
+def test_older_news_about_weights_does_not_undo_newer() -> None:
+    bench = joined()
+    bench.hears(bench.welcome(init="wait"))
+    bench.pushes()
+    assert bench.told((Push, Begin))
+
+
+@pytest.mark.parametrize("code", ["layout_mismatch", "full", "unknown_codec", "optimizer", "empty_server", "of the future"])
+def test_refusal_at_the_door_is_final_and_told(code: str) -> None:
+    bench = Bench()
+    bench.hears(Fault("", 0, code, "No.", "Do that.", 0))
+    [failed] = bench.news(worker.Failed)
+    assert failed.error.sentence == "No."
+    assert failed.error.fix == "Do that."
+    assert bench.core.deadline() is None
+
+
+def test_server_of_another_protocol_is_final() -> None:
+    bench = Bench()
+    bench.does(Received(SERVER, [b"\x82\xa8protocol\x02\xa4type\xa5fault"]))
+    [failed] = bench.news(worker.Failed)
+    assert failed.error.code == "protocol_version"
+
+
+# Pushing
+
+
+@BOTH
+def test_push_is_sent_once_and_settled_once(layout: Layout) -> None:
+    bench = joined(layout)
+    for number in (1, 2, 3):
+        bench.pushes(Version(1, number - 1))
+        told = bench.told()
+        begin = told[0].begin if layout is SMALL else told[0]
+        assert (begin.kind, begin.number, begin.base) == ("push", number, (1, number - 1))
+        if layout is LARGE:
+            assert len(told) == 1, "nothing moves before the Grant"
+            bench.hears(Grant("s", 1, number, "wait", 0, "busy", ""))
+            assert not bench.told()
+            bench.hears(Grant("s", 1, number, "go", 2, "", ""), More("s", 1, number, 9))
+            assert [type(m) for m in bench.told()] == [Chunk, Chunk, Chunk, Commit]
+        bench.ack(number, Version(1, number))
+        [settled] = bench.news()
+        assert (settled.number, settled.outcome, settled.base) == (number, "applied", (1, number))
+        bench.ack(number, Version(1, number))
+        assert not bench.news(), "once"
+
+
+def test_windows_and_grants_that_repeat_change_nothing() -> None:
+    bench = joined(LARGE)
+    bench.pushes()
+    bench.told()
+    for _ in range(3):
+        bench.hears(Grant("s", 1, 1, "go", 2, "", ""), More("s", 1, 1, 1))
+    assert [m.index for m in bench.told(Chunk)] == [0, 1]
+    bench.hears(More("s", 1, 1, 3), More("s", 1, 1, 3))
+    assert [type(m) for m in bench.told()] == [Chunk, Commit]
+
+
+@BOTH
+@pytest.mark.parametrize("doubt", ["link", "silence", "stale", "nonsense", "server refuses"])
+def test_whatever_raises_doubt_the_worker_comes_back_and_repeats_its_push(layout: Layout, doubt: str) -> None:
+    bench = joined(layout)
+    bench.pushes()
+    bench.told()
+    match doubt:
+        case "link":
+            bench.does(worker.LinkLost())
+        case "silence":
+            bench.wait(SILENCE_S + 0.1)
+        case "stale":
+            bench.hears(Fault("", 0, "stale", "Unknown.", "Say Hello again.", 0))
+        case "nonsense":
+            bench.does(Received(SERVER, [b"\xc1"]))
+        case "server refuses":
+            bench.hears(Fault("s", 1, "unexpected", "No.", "", 0))
+    bench.wait(1.1)
+    assert bench.redials >= 1
+    assert [type(one) for one in bench.news()] == [worker.Away]
+    hello = bench.told(Hello)[-1]
+    assert hello.resume == Resume("s", 1, 0, 100)
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    assert [type(one) for one in bench.news()] == [worker.Back]
+    [again] = bench.told((Push, Begin))
+    assert (again.begin if layout is SMALL else again).number == 1
+    bench.hears(Grant("s", 2, 1, "go", 9, "", ""))
+    bench.ack(1, Version(1, 1), connection=1)
+    assert not bench.news(), "of the old connection"
+    bench.ack(1, Version(1, 1), connection=2)
+    [settled] = bench.news()
+    assert (settled.number, settled.outcome) == (1, "applied")
+
+
+def test_lost_ack_is_noticed_although_the_server_answers_beats() -> None:
+    """A transport may fail to deliver a message and go on: whoever waits for an answer in vain must ask again."""
+    bench = joined()
+    bench.pushes()
+    bench.wait(2 * SILENCE_S, echo=True)
+    assert bench.redials, "waited for ever"
+
+
+def test_lost_pull_is_noticed_although_the_server_answers_beats() -> None:
+    bench = Bench()
+    bench.hears(bench.welcome())
+    bench.wait(2 * SILENCE_S, echo=True)
+    assert bench.redials, "waited for ever"
+
+
+def test_who_waits_for_nothing_has_no_doubt() -> None:
+    bench = joined()
+    bench.wait(20 * SILENCE_S, echo=True)
+    assert not bench.redials
+    assert not bench.news()
+
+
+@pytest.mark.parametrize(
+    ("resumed", "decided", "pushed"), [("new", 0, True), ("record", 0, False), ("record", 1, True), ("record", 5, True)]
+)
+def test_push_of_a_session_that_is_gone_is_taken_back_only_if_it_was_never_applied(
+    resumed: str, decided: int, pushed: bool
+) -> None:
+    bench = joined()
+    bench.pushes()
+    bench.does(worker.LinkLost())
+    bench.news()
+    bench.told()
+    token = "s" if resumed == "record" else "another"
+    bench.hears(bench.welcome(session=token, connection=2, resumed=resumed, last_decided=decided, outcome="applied"))
+    [orphaned] = bench.news(worker.Orphaned)
+    assert (orphaned.number, orphaned.pushed) == (1, pushed)
+    assert [type(m) for m in bench.told()] == [Pull], "a new anchor first, and never the old push"
+    assert not bench.news()
+
+
+def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
+    for resumed, token, expected in (("record", "s", 2), ("new", "other", 1)):
+        bench = joined()
+        bench.pushes()
+        bench.ack(1, Version(1, 1))
+        bench.does(worker.LinkLost())
+        welcome = bench.welcome(session=token, connection=2, resumed=resumed, last_decided=1 if token == "s" else 0)
+        bench.hears(welcome)
+        reply, data = bench.reply(Version(1, 1), 300)
+        bench.hears(Offer(token, 2, "anchor", reply, False, data))
+        bench.told()
+        bench.pushes()
+        [push] = bench.told()
+        assert push.begin.number == expected
+
+
+def test_trainer_learns_that_it_must_anchor_anew_before_it_pushes_again() -> None:
+    """The session was lost while nothing was under way. Pushed from the old anchor, the same progress would either be
+    settled twice or not at all."""
+    bench = joined()
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(session="other", connection=1, resumed="new"))
+    bench.news()
+    bench.pushes()
+    before = bench.news()
+    reply, data = bench.reply(Version(1, 3), 300)
+    bench.hears(Offer("other", 1, "anchor", reply, False, data))
+    news = before + bench.news()
+    kinds = [type(one) for one in news]
+    assert worker.Fetched in kinds
+    sent = [m.begin for m in bench.told(Push)]
+    settled_first = worker.Orphaned in kinds[: kinds.index(worker.Fetched)]
+    assert settled_first != bool(sent), "either taken back before the anchor comes, or pushed; and told which"
+    if sent:
+        pytest.fail("the trainer took the new anchor as the end of its push, which is then pushed and settled")
+
+
+def test_rejection_and_refusal_are_told_with_their_code() -> None:
+    bench = joined()
+    bench.pushes()
+    bench.ack(1, Version(1, 0), outcome="rejected", code="non_finite")
+    [settled] = bench.news()
+    assert (settled.number, settled.outcome, settled.code, settled.data) == (1, "rejected", "non_finite", None)
+    bench.pushes()
+    bench.hears(Grant("s", 1, 2, "refuse", 0, "quarantined", "Too many."))
+    [settled] = bench.news()
+    assert (settled.number, settled.outcome, settled.code) == (2, "rejected", "quarantined")
+
+
+def test_held_is_not_settled() -> None:
+    bench = joined()
+    bench.pushes()
+    bench.hears(Ack("s", 1, 1, "held", "", "", Version(1, 0), Version(1, 0), 1.0, False))
+    assert not bench.news()
+    bench.ack(1, Version(1, 1))
+    assert bench.news(worker.Settled)
+
+
+def test_crash_that_undid_updates_is_told() -> None:
+    bench = joined()
+    for number in (1, 2, 3):
+        bench.pushes()
+        bench.ack(number, Version(1, number))
+    bench.does(worker.LinkLost())
+    assert bench.told(Hello)[-1].resume == Resume("s", 3, 3, 203)
+    bench.news()
+    bench.hears(bench.welcome(connection=2, resumed="live", version=Version(2, 1), last_decided=1, lost=(2, 3)))
+    assert [(one.first, one.last) for one in bench.news(worker.Undone)] == [(2, 3)]
+    bench.does(worker.LinkLost())
+    assert bench.told(Hello)[-1].resume.last_applied == 1, "it is told once"
+
+
+# Pulls
+
+
+@BOTH
+def test_pull_is_answered_once_and_asked_again_after_doubt(layout: Layout) -> None:
+    bench = joined(layout)
+    bench.does(worker.PullWanted("evaluate"))
+    bench.does(worker.PullWanted("evaluate"))
+    assert len(bench.told(Pull)) == 1
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
+    bench.news()
+    bench.down(lambda reply, data: Offer("s", 2, "evaluate", reply, False, data), Version(1, 4), 7, 2)
+    bench.down(lambda reply, data: Offer("s", 2, "evaluate", reply, False, data), Version(1, 4), 8, 2)
+    [fetched] = bench.news()
+    assert (fetched.purpose, fetched.base) == ("evaluate", (1, 4))
+
+
+def test_window_down_is_kept_open_and_never_wider_than_agreed() -> None:
+    big = Layout((LARGE.tensors[0]._replace(shape=(3000, 1000)),))
+    bench = joined(big)
+    bench.does(worker.PullWanted("evaluate"))
+    bench.told()
+    reply, data = bench.reply(Version(1, 1), 9)
+    bench.hears(Offer("s", 1, "evaluate", reply, False))
+    until = 0
+    for index, chunk in enumerate(bench.core.plan("fp32").chunks):
+        for more in bench.told(More):
+            assert until < more.until <= index + SETTINGS["window_chunks"]  # type: ignore[operator]
+            until = more.until
+        assert index < until
+        bench.hears(Chunk("s", 1, 9, index, data[chunk.offset : chunk.offset + chunk.size]))
+    [fetched] = bench.news()
+    assert fetched.data.tobytes() == data
+
+
+@pytest.mark.parametrize("wrong", ["length", "chunk", "index", "codec"])
+def test_reply_that_does_not_fit_raises_doubt_and_not_an_exception(wrong: str) -> None:
+    bench = joined(LARGE)
+    bench.does(worker.PullWanted("evaluate"))
+    reply, data = bench.reply(Version(1, 1), 9)
+    match wrong:
+        case "length":
+            reply = replace(reply, bytes=reply.bytes + 8)
+        case "codec":
+            reply = replace(reply, codec="of the future")
+    bench.hears(Offer("s", 1, "evaluate", reply, False))
+    if wrong == "chunk":
+        bench.hears(Chunk("s", 1, 9, 0, data[:100]))
+    if wrong == "index":
+        bench.hears(Chunk("s", 1, 9, 1000, data[:100]))
+    assert not bench.news(worker.Fetched)
+    assert bench.core.phase == "greeting"
+
+
+# Time and ends
+
+
+def test_beats_carry_progress_and_the_lease_is_kept_with_room_to_come_back() -> None:
+    bench = joined()
+    bench.does(worker.Progress(17))
+    bench.wait(10.0, echo=True)
+    beats = bench.told(Beat)
+    assert len(beats) >= 3
+    assert {beat.steps for beat in beats} == {17}
+    bench.wait(SETTINGS["lease_s"] * 0.6)  # type: ignore[operator]
+    assert bench.redials >= 1
+
+
+def test_persistent_refusal_does_not_become_a_storm() -> None:
+    """Say Hello, be refused something, come back, be refused again: at most a few times a second."""
+    bench = joined()
+    bench.does(worker.PullWanted("evaluate"))
+    connection = 1
+    end = bench.now + 10.0
+    for _ in range(1000):
+        if bench.now >= end or bench.core.phase == "ended":
+            break
+        for message in bench.told():
+            match message:
+                case Hello():
+                    connection += 1
+                    bench.hears(bench.welcome(connection=connection, resumed="live"))
+                case Pull():
+                    bench.hears(Fault("s", connection, "unexpected", "No.", "", 0))
+        bench.wait(0.01)
+    assert bench.redials <= 30
+
+
+def test_diverged_server_is_the_end() -> None:
+    bench = joined()
+    bench.does(worker.PullWanted("anchor"))
+    bench.hears(Fault("s", 1, "diverged", "Not finite.", "", 0))
+    assert bench.news(worker.Failed)
+
+
+@pytest.mark.parametrize("how", ["bye", "ack", "offer", "welcome"])
+def test_end_of_training_is_told_once(how: str) -> None:
+    bench = Bench() if how == "welcome" else joined()
+    match how:
+        case "bye":
+            bench.hears(Bye("s", 1, "finished"), Bye("s", 1, "finished"))
+        case "ack":
+            bench.hears(Ack("s", 1, 9, "rejected", "finished", "", Version(1, 0), Version(1, 0), 1.0, True))
+        case "offer":
+            reply, data = bench.reply(Version(1, 1))
+            bench.hears(Offer("s", 1, "evaluate", reply, True, data))
+        case "welcome":
+            bench.hears(bench.welcome(settings=SETTINGS | {"finished": True}))
+    assert len(bench.news(worker.Finished)) == 1
+    assert bench.core.finished
+
+
+@pytest.mark.parametrize("server", ["answers", "is silent", "was never there"])
+def test_leaving_ends_within_a_second_whether_heard_or_not(server: str) -> None:
+    bench = Bench() if server == "was never there" else joined()
+    bench.does(worker.Leave("done"))
+    if server == "answers":
+        [bye] = bench.told(Bye)
+        bench.hears(replace(bye, reason="as you wish"))
+    bench.wait(1.01)
+    assert bench.news(worker.Left)
+    assert bench.core.deadline() is None
+    bench.does(worker.Dialled())
+    assert not bench.told(Hello)
+
+
+def test_server_that_stops_is_away_until_it_is_back() -> None:
+    bench = joined()
+    bench.hears(Bye("s", 1, "draining"))
+    assert [type(one) for one in bench.news()] == [worker.Away]
+    bench.pushes()
+    assert bench.core.phase == "joined"
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(connection=2, resumed="live", version=Version(2, 0)))
+    assert [type(one) for one in bench.news()] == [worker.Back]
+
+
+def test_observer_never_resumes_nor_anchors() -> None:
+    bench = Bench(role="observer")
+    bench.does(worker.PullWanted("evaluate"))
+    bench.told()
+    bench.hears(bench.welcome())
+    assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
+    bench.does(worker.LinkLost())
+    assert bench.told(Hello)[-1].resume is None
