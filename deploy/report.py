@@ -198,7 +198,7 @@ class Run:
             return None
         name = name[:TEXT_CHARACTERS]
         name = name if name in self.workers or len(self.workers) < WORKERS else OTHERS
-        trace = self.workers.setdefault(name, Trace())
+        trace = self.workers.get(name) or self.workers.setdefault(name, Trace())
         trace.first_s, trace.last_s = min(trace.first_s, time_s), max(trace.last_s, time_s)
         return trace
 
@@ -216,7 +216,8 @@ class Run:
         if (loss := _number(line.get("loss"))) is not None:
             trace.loss.add(time_s, self.updates, loss)
             self.loss.add(time_s, self.updates, loss)
-        for name, value in ((name, _number(value)) for name, value in line.items() if name not in APPLY):
+        for name in [name for name in line if name not in APPLY]:
+            value = _number(line[name])
             if value is not None and (name in self.rule or len(self.rule) < DETAILS):
                 self.rule.setdefault(name, Curve(WINDOW)).add(time_s, self.updates, value)
 

@@ -4,9 +4,8 @@
     trained = train_alone(task, steps=300)     the very same loop without a server, to compare with
 
 Laws
-* The loop adds to a step what any user's own loop has, and no more: it logs nothing, and waits for the device only
-  where `session.step` does. What a progress display costs is up to `on_step`.
-* Nothing is written, and Ctrl-C is left to the caller: on its way out the server is told.
+* The loop logs and writes nothing, and waits for the device only where `session.step` does. What a progress display
+  costs is up to `on_step`. Ctrl-C is left to the caller; on its way out the server is told.
 
 Left out: mixed precision, gradient accumulation, schedules. `worker.join` in your own loop takes them all.
 """

@@ -57,10 +57,23 @@ class Shuffled:
         yield from zip(self._x[order].split(BATCH_SAMPLES), self._y[order].split(BATCH_SAMPLES), strict=True)
 
 
+def split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """labels: (n,) -> positions to train on and to test on; of each class the same share."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    train, test = [], []
+    for label in range(CLASSES):
+        positions = (labels == label).nonzero().squeeze(1)
+        positions = positions[torch.randperm(len(positions), generator=generator)]
+        cut = round(TEST_SHARE * len(positions))
+        test.append(positions[:cut])
+        train.append(positions[cut:])
+    return torch.cat(train), torch.cat(test)
+
+
 def make(context: Context) -> Task:
     """The digits for one worker; raises ConfigError where scikit-learn is missing."""
     pixels, labels = _digits()
-    train, test = _split(labels)
+    train, test = split(labels)
     mean, std = pixels[train].mean(), pixels[train].std()
     x, y = ((pixels - mean) / std).to(context.device), labels.to(context.device)
     with torch.random.fork_rng(devices=[]):
@@ -106,19 +119,6 @@ def _digits() -> tuple[Tensor, Tensor]:
     found: Any = load_digits()
     pixels = torch.from_numpy(found.images).float().unsqueeze(1)
     return pixels, torch.from_numpy(found.target).long()
-
-
-def _split(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions to train on and to test on; of each class the same share."""
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    train, test = [], []
-    for label in range(CLASSES):
-        positions = (labels == label).nonzero().squeeze(1)
-        positions = positions[torch.randperm(len(positions), generator=generator)]
-        cut = round(TEST_SHARE * len(positions))
-        test.append(positions[:cut])
-        train.append(positions[cut:])
-    return torch.cat(train), torch.cat(test)
 
 
 TASK = TaskFamily("digits", "handwritten digits, 8 x 8 pixels, by a small convolutional network", make)

@@ -1,0 +1,190 @@
+"""The reference loop: the same as a loop written by hand, and every step told to the session exactly once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Self
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.config import WorkerSettings
+from common.errors import ConfigError
+from worker import loop, tasks
+from worker.tasks import Context, Task, TaskFamily, digits
+from worker.trainer import Exchanges
+
+
+class FakeSession:
+    """Finished after `steps`; remembers what it was told."""
+
+    def __init__(self, steps: int, interrupt_at: int | None = None) -> None:
+        self._steps, self._interrupt_at = steps, interrupt_at
+        self.told: list[tuple[Tensor, int]] = []
+        self.name = "w0"
+        self.exchanges = Exchanges(pushed=steps, lost=1)
+        self.left_by: type[BaseException] | None | str = "not yet"
+
+    @property
+    def finished(self) -> bool:
+        return len(self.told) >= self._steps
+
+    def step(self, loss: Tensor, samples: int) -> None:
+        self.told.append((loss, samples))
+        if len(self.told) == self._interrupt_at:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.left_by = kind
+
+
+class Joins:
+    """In place of `worker.join`: hands out one session and keeps what it was asked."""
+
+    def __init__(self, session: FakeSession) -> None:
+        self.session = session
+        self.asked: dict[str, Any] = {}
+
+    def __call__(self, address: str, model: nn.Module, optimizer: torch.optim.Optimizer, **named: Any) -> FakeSession:
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        self.asked = {"address": address, "weights": weights, **named}
+        return self.session
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> Joins:
+    made = Joins(FakeSession(3))
+    monkeypatch.setattr(loop.trainer, "join", made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def small(context: Context = Context()) -> Task:  # noqa: B008
+    """A task with randomness in its model: dropout."""
+    torch.manual_seed(context.model_seed)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    batches = [(torch.full((n, 2), float(n)), torch.ones(n, 1)) for n in (4, 3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return Task(model, optimizer, batches, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]))
+
+
+def after(task: Task, steps: int) -> list[bytes]:
+    """The bits of all parameters after so many steps alone."""
+    loop.train_alone(task, steps)
+    return [parameter.detach().numpy().tobytes() for parameter in task.model.parameters()]
+
+
+# --- the loop ---
+
+
+def test_twenty_steps_alone_are_the_same_bits_with_the_same_seed() -> None:
+    assert after(digits.make(Context(1)), 20) == after(digits.make(Context(1)), 20)
+    assert after(digits.make(Context(1)), 20) != after(digits.make(Context(2)), 20)
+
+
+def test_the_loop_is_the_one_written_by_hand() -> None:
+    task, mine = digits.make(Context(1)), digits.make(Context(1))
+    passes = itertools.chain.from_iterable(itertools.repeat(mine.batches))
+    for x, y in itertools.islice(passes, 60):  # more than one pass
+        nn.functional.cross_entropy(mine.model(x), y).backward()
+        mine.optimizer.step()
+        mine.optimizer.zero_grad()
+    assert after(task, 60) == after(mine, 0)
+
+
+def test_every_step_is_told_once_with_its_loss_and_samples() -> None:
+    task, session, seen = small(), FakeSession(5), []
+    done = loop.train(task, session, on_step=lambda *what: seen.append(what))
+    losses, sizes = zip(*session.told, strict=True)
+    assert sizes == (4, 3, 4, 3, 4)
+    assert not any(loss.requires_grad for loss in losses)
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
+    assert all(loss is told and rate > 0 and who is session for (_, loss, rate, who), told in zip(seen, losses))
+    assert (done.steps, done.samples, done.last_loss) == (5, 18, float(losses[-1]))
+    assert done.samples_per_s == pytest.approx(done.samples / done.seconds)
+
+
+def test_a_session_that_is_finished_trains_nothing() -> None:
+    task = small()
+    before = after(task, 0)
+    done = loop.train_alone(task, 0)
+    assert after(task, 0) == before
+    assert (done.steps, done.samples, done.samples_per_s) == (0, 0, 0.0)
+    assert math.isnan(done.last_loss)
+
+
+def test_the_model_trains_in_training_mode() -> None:
+    task = small()
+    task.model.eval()
+    loop.train_alone(task, 1)
+    assert task.model.training
+
+
+@pytest.mark.parametrize("batches", [[], iter([]), iter([(torch.ones(1, 2), torch.ones(1, 1))])])
+def test_data_that_ends_for_good_is_refused(batches: Any) -> None:
+    task = small()
+    with pytest.raises(ConfigError, match=r"holds no batch.*iterated again"):
+        loop.train_alone(Task(task.model, task.optimizer, batches, task.loss), 2)
+
+
+def test_an_iterator_without_end_will_do() -> None:
+    task = small()
+    endless = (task.batches[0] for _ in itertools.count())  # type: ignore[index]
+    assert loop.train_alone(Task(task.model, task.optimizer, endless, task.loss), 5).steps == 5
+
+
+# --- a whole worker ---
+
+
+def test_a_run_reports_what_it_did_and_what_its_exchanges_cost(joins: Joins) -> None:
+    settings = WorkerSettings(address="tcp://127.0.0.1:7777", name="w0", connect_timeout_s=4, seed=5)
+    report = loop.run(settings, model_seed=9, threads=1)
+    assert torch.get_num_threads() == 1
+    assert (report.name, report.steps, report.samples) == ("w0", 3, 96)
+    assert asdict(report)["exchanges"]["lost"] == 1
+    expected = digits.make(Context(seed=5, model_seed=9)).model.parameters()
+    assert all(torch.equal(*pair) for pair in zip(joins.asked.pop("weights"), expected, strict=True))
+    assert joins.asked == {"address": "tcp://127.0.0.1:7777", "name": "w0", "connect_timeout_s": 4}
+    assert joins.session.left_by is None
+
+
+def test_what_a_model_draws_while_training_follows_the_workers_seed(
+    joins: Joins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "load", lambda name: TaskFamily(name, "", small))
+
+    def losses(seed: int) -> list[float]:
+        joins.session = FakeSession(4)
+        loop.run(WorkerSettings(seed=seed))
+        return [float(loss) for loss, _ in joins.session.told]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_an_interrupt_reaches_the_caller_and_ends_the_session(joins: Joins) -> None:
+    joins.session = FakeSession(9, interrupt_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(WorkerSettings())
+    assert joins.session.left_by is KeyboardInterrupt
+    assert len(joins.session.told) == 2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_named(joins: Joins, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"Setting 'device' cannot be '{device}'.*cpu or cuda:0"):
+        loop.run(WorkerSettings(device=device))
+    assert joins.asked == {}
