@@ -5,8 +5,8 @@ A module that does not start with an underscore offers one value, `BENCHMARK`; i
 
 from __future__ import annotations
 
-from common import discovery
 from benchmarks.harness import Benchmark
+from common import discovery
 
 HELPERS = ("harness",)
 

@@ -16,7 +16,6 @@ from common.errors import ParamserverError
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; returns the exit code."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exit that closes what is open
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _list()
@@ -41,4 +40,5 @@ def _list() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an end that closes what is open
     sys.exit(main(sys.argv[1:]))

@@ -166,13 +166,14 @@ def report(benchmark: str, results: Sequence[Result], settings: dict[str, Any], 
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
-    console.print(table(found))
+    console.print(times(found))
+    console.print(ratios(found))
     if json_file is None:
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps({"machine": about, "settings": settings, "rows": found}, indent=2) + "\n")
     picture_file = json_file.with_suffix(".png")
-    picture(found, picture_file, title=f"{benchmark}: {about['cpu']}, {about['cores']} cores")
+    picture(results, picture_file, title=f"{benchmark}: {about['cpu']}, {about['cores']} cores")
     console.print(f"Written: {json_file}, {picture_file}", highlight=False)
 
 
@@ -189,28 +190,44 @@ def machine() -> dict[str, str]:
     } | {name: version(name) for name in LIBRARIES}
 
 
-def table(found: Sequence[Row]) -> Table:
-    """The rows for a terminal: times in ms, and a column of ratios for each peer."""
-    peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
-    shown = Table("case", "MB", "median ms", "min", "max", "GB/s", *(f"x {name}" for name in peers), box=None)
-    for column in shown.columns[1:]:
-        column.justify = "right"
+def times(found: Sequence[Row]) -> Table:
+    """The rows for a terminal."""
+    shown = _table("case", "MB", "median ms", "min", "max", "GB/s")
     for row in found:
-        times = (f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s"))
-        ratios = (f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in peers)
-        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *times, f"{row['gb_per_s']:.2f}", *ratios)
+        spent = (f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s"))
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *spent, f"{row['gb_per_s']:.2f}")
     return shown
 
 
-def picture(found: Sequence[Row], file: Path, *, title: str) -> None:
-    """A bar for each median, a whisker from the fastest to the slowest round."""
-    figure = Figure(figsize=(8.0, 1.2 + 0.45 * len(found)), layout="constrained")
+def ratios(found: Sequence[Row]) -> Table:
+    """A column for each peer: how many times as fast as it, by medians."""
+    peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
+    shown = _table("times as fast as", *peers)
+    for row in found:
+        shown.add_row(row["case"], *(f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in peers))
+    return shown
+
+
+def _table(first: str, *others: str) -> Table:
+    shown = Table(first, *others, box=None, header_style="bold")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    return shown
+
+
+def picture(results: Sequence[Result], file: Path, *, title: str) -> None:
+    """A bar for each median, a whisker from the fastest to the slowest round; peers in grey."""
+    figure = Figure(figsize=(8.0, 1.2 + 0.45 * len(results)), layout="constrained")
     axes = figure.subplots()
-    medians = [1e3 * row["median_s"] for row in found]
-    below = [1e3 * (row["median_s"] - row["min_s"]) for row in found]
-    above = [1e3 * (row["max_s"] - row["median_s"]) for row in found]
-    labels = [f"{row['case']}, {row['size_bytes'] / 1e6:g} MB" for row in found]
-    axes.barh(labels, medians, xerr=[below, above], color=["C1" if not row["ratios"] else "C0" for row in found])
+    medians = [1e3 * result.median_s for result in results]
+    below = [1e3 * (result.median_s - min(result.seconds)) for result in results]
+    above = [1e3 * (max(result.seconds) - result.median_s) for result in results]
+    axes.barh(
+        [f"{result.case.name}, {result.case.size_bytes / 1e6:g} MB" for result in results],
+        medians,
+        xerr=[below, above],
+        color=["C7" if result.case.peer else "C0" for result in results],
+    )
     axes.invert_yaxis()
     axes.set_xlabel("ms per round (bar: median, whisker: fastest to slowest)")
     axes.set_title(title, fontsize="medium")
@@ -241,14 +258,15 @@ class Link:
 
     def fail(self, sentence: str) -> None:
         """Say that it does not work, and why."""
-        self._line.send((None, sentence))
+        with suppress(ConnectionError):  # nobody is left to hear it
+            self._line.send((None, sentence))
 
     def requests(self) -> Iterator[str]:
         """What the benchmark asks for, until it has had enough or is gone."""
         try:
             while True:
                 yield self._line.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
 
     def end_with_the_benchmark(self) -> None:
@@ -278,7 +296,7 @@ class Child:
             raise BenchmarkError(f"{self._name} did not answer within {limit_s:g} s.")
         try:
             value, failure = self._line.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join(END_LIMIT_S)
             raise BenchmarkError(f"{self._name} ended with exit code {self._process.exitcode}.") from None
         if failure:
@@ -287,7 +305,7 @@ class Child:
 
     def tell(self, request: str) -> None:
         """Say something; a child that is gone shows when its answer is missed."""
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             self._line.send(request)
 
     def ask(self, request: str, limit_s: float) -> Any:
@@ -303,17 +321,28 @@ def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[C
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(there, target, arguments), name=name, daemon=True)
     try:
-        process.start()
+        with _deaf_to_interrupts():
+            process.start()
         there.close()
         yield Child(name, process, here)
     finally:
         here.close()
         if process.pid is not None:
-            for end in (lambda: None, process.terminate, process.kill):
-                end()
-                process.join(END_LIMIT_S)
-                if process.exitcode is not None:
-                    break
+            process.join(END_LIMIT_S)  # it has heard that the line is closed
+            for end in (process.terminate, process.kill):
+                if process.exitcode is None:
+                    end()
+                    process.join(END_LIMIT_S)
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; a child inherits that it ignores it, for the benchmark ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def answer_rounds(
@@ -346,11 +375,9 @@ def competitor(of: Child, *, first: Callable[[], None] = lambda: None) -> Compet
 
 
 def _run(line: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """What a child does. Ctrl-C reaches every process of a terminal; here the benchmark alone decides what ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a child does."""
     link = Link(line)
     try:
         target(link, *arguments)
     except Exception as error:
-        told = str(error) if isinstance(error, ParamserverError) else traceback.format_exc()
-        link.fail(told)
+        link.fail(str(error) if isinstance(error, ParamserverError) else traceback.format_exc())

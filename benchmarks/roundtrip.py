@@ -13,9 +13,11 @@ returns it (TensorPipe with its own choice of transport). `gloo`: send and recv 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,13 +33,23 @@ from torch.distributed import rpc
 
 from benchmarks import harness
 from benchmarks.harness import Benchmark, BenchmarkError, Case, Competitor, Link, child, competitor
+from common.buffers import zeros
 from common.codecs.base import F32
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import Optimizer, Scalars
 from paramserver.daemon import Daemon
-from worker.core import LOSSLESS, Failed, Fetched, InitialWeights, Joined, Leave, NeedWeights, PushWanted, Settled
-from worker.core import WorkerCore
+from worker.core import (
+    LOSSLESS,
+    Failed,
+    Fetched,
+    InitialWeights,
+    Leave,
+    NeedWeights,
+    PushWanted,
+    Settled,
+    WorkerCore,
+)
 from worker.driver import Driver
 from worker.trainer import LIBRARY, SWITCH_INTERVAL_S
 
@@ -46,6 +58,10 @@ START, STEP = 0.5, 1.0
 """Value of the center before the first round, and what each round adds: sums that float32 holds exactly."""
 RULE, CODEC = "downpour", "fp32"
 TRANSPORTS = ("tcp", "ipc")
+PEER_ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Without it, each end of a connection reports the end of the other."""
+if sys.platform == "linux":  # or they look for a network interface by the host's name, which may not resolve
+    PEER_ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
 RPC, GLOO, COPY = "torch.distributed.rpc", "gloo send+recv", "4 x numpy.copyto"
 
 SizeMb = Annotated[int, typer.Option("--size-mb", min=1, help="Size of the model, 10^6 bytes.")]
@@ -69,7 +85,9 @@ def cases(size_mb: int) -> list[Case]:
     elements = size_bytes // 4
     both_ways = 2 * size_bytes
     ours = [
-        Case(f"paramserver {transport} {CODEC}", size_bytes, both_ways, False, partial(_paramserver, transport, elements))
+        Case(
+            f"paramserver {transport} {CODEC}", size_bytes, both_ways, False, partial(_paramserver, transport, elements)
+        )
         for transport in TRANSPORTS
     ]
     peers = [
@@ -103,19 +121,30 @@ def _serve(link: Link, bind: str) -> None:
 
 
 def _work(link: Link, elements: int) -> None:
-    address = next(link.requests())
+    for address in link.requests():
+        _work_at(address, link, elements)
+
+
+def _work_at(address: str, link: Link, elements: int) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     layout = Layout((Tensor("weight", (1, elements), "float32", "parameter"),))
-    core = WorkerCore(name="benchmark", library=LIBRARY, layout=layout, optimizer=Optimizer("SGD", 0.1, 0.0, 1))
-    driver = Driver(core, address)
+    core = WorkerCore(
+        name="benchmark",
+        instance=secrets.token_hex(8),
+        library=LIBRARY,
+        layout=layout,
+        optimizer=Optimizer("SGD", 0.1, 0.0, 1),
+    )
     up, down, exact = core.plan(CODEC), core.plan(CODEC), core.plan(LOSSLESS)
-    delta, reply = np.full(elements, STEP, np.float32), np.zeros(elements, np.float32)
-    update, weights = np.zeros(up.bytes, np.uint8), np.zeros(exact.bytes, np.uint8)
-    exact.encode(np.full(elements, START, np.float32), weights)
-    _await(driver, Joined)
-    _await(driver, NeedWeights)
-    driver.post(InitialWeights(weights))
-    base = _await(driver, Fetched).base
+    delta, reply = zeros(elements, np.float32), zeros(elements, np.float32)
+    update, weights = zeros(up.bytes, np.uint8), zeros(exact.bytes, np.uint8)
+    reply.fill(START)
+    exact.encode(reply, weights)
+    delta.fill(STEP)
+    driver = Driver(core, address)
+    while not isinstance(first := _await(driver, NeedWeights, Fetched), Fetched):
+        driver.post(InitialWeights(weights))
+    base = first.base
     scalars = Scalars(loss=1.0, samples=1, steps=1, lr=0.1)
 
     def exchange() -> None:
@@ -125,7 +154,7 @@ def _work(link: Link, elements: int) -> None:
         settled = _await(driver, Settled)
         if settled.data is None:
             raise BenchmarkError(f"The push was {settled.outcome} ({settled.code}): {settled.sentence}")
-        down.decode(settled.data, reply)
+        down.open(settled.data, reply)
         base = settled.base
 
     harness.answer_rounds(link, exchange, lambda k: _check_ends(reply, START + k), lambda k: _check(reply, START + k))
@@ -133,16 +162,17 @@ def _work(link: Link, elements: int) -> None:
     driver.close(harness.END_LIMIT_S)
 
 
-def _await(driver: Driver, kind: type[Any]) -> Any:
-    """The next news of that kind; raises where the server says no, or nothing for too long."""
+def _await(driver: Driver, *kinds: type[Any]) -> Any:
+    """The next news of these kinds; raises where the server says no, or nothing for too long."""
     deadline = time.monotonic() + harness.ROUND_LIMIT_S
     while (left := deadline - time.monotonic()) > 0:
         news = driver.news(left)
-        if isinstance(news, kind):
+        if isinstance(news, kinds):
             return news
         if isinstance(news, Failed):
             raise news.error
-    raise BenchmarkError(f"No {kind.__name__} came within {harness.ROUND_LIMIT_S:g} s.")
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise BenchmarkError(f"No {names} came within {harness.ROUND_LIMIT_S:g} s.")
 
 
 # Peers
@@ -155,9 +185,14 @@ Target = Callable[[Link, str, int], None]
 @contextmanager
 def _pair(name: str, server: Target, client: Target, elements: int) -> Iterator[Competitor]:
     """Two processes that meet at a file, so that no port has to be found."""
+    for variable, value in PEER_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)  # read as the children import torch
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         meeting = (Path(folder) / "meeting").as_uri()
-        with child(f"{name} server", server, meeting, elements), child(f"{name} client", client, meeting, elements) as last:
+        with (
+            child(f"{name} server", server, meeting, elements),
+            child(f"{name} client", client, meeting, elements) as last,
+        ):
             yield competitor(last)
 
 
@@ -177,9 +212,10 @@ def _push(delta: torch.Tensor) -> torch.Tensor:
 
 
 def _join_rpc(name: str, rank: int, meeting: str) -> None:
-    _stay_on_loopback()
     options = rpc.TensorPipeRpcBackendOptions(init_method=meeting, rpc_timeout=harness.ROUND_LIMIT_S)
-    rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using a Backend")  # torch's own call of torch
+        rpc.init_rpc(name, rank=rank, world_size=2, rpc_backend_options=options)
 
 
 def _rpc_server(link: Link, meeting: str, elements: int) -> None:
@@ -206,7 +242,6 @@ def _rpc_client(link: Link, meeting: str, elements: int) -> None:
 
 
 def _join_gloo(rank: int, meeting: str) -> None:
-    _stay_on_loopback()
     limit = timedelta(seconds=harness.START_LIMIT_S)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
 
@@ -248,13 +283,6 @@ def _copy(link: Link, elements: int) -> None:
             np.copyto(target, source)
 
     harness.answer_rounds(link, exchange, lambda k: _check_ends(there, STEP), lambda k: _check(there, STEP))
-
-
-def _stay_on_loopback() -> None:
-    """Peers choose a network interface by the host's name, which may not resolve."""
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
 
 
 # Checking

@@ -26,7 +26,7 @@ from common.messages import PROTOCOL, Buffer, Message, Version
 HEADER_BYTES = 64 * 1024
 PAYLOAD_BYTES = (1 << 20) + (1 << 16)
 """One chunk of 1 MiB and what a codec or padding may add to it."""
-STRING_CHARACTERS = 1024
+STRING_BYTES = 1024
 ARRAY_ITEMS = 4096
 MAP_ITEMS = 256
 INTEGER_LIMIT = 1 << 53
@@ -35,11 +35,16 @@ Checker = Callable[[object, str], Any]
 
 
 def encode(message: Message) -> list[Buffer]:
-    """Frames of `message`: the header and, where it is not empty, the payload as it was given."""
+    """Frames of `message`: the header and, where it is not empty, the payload as it was given.
+
+    Raises WireError for what the other side could not read.
+    """
     header = _plain(message)
     header["protocol"] = PROTOCOL
     header["type"] = type(message).__name__.lower()
-    frames: list[Buffer] = [cast(bytes, msgpack.packb(header))]
+    frames: list[Buffer] = [cast(bytes, msgpack.packb(header, unicode_errors="replace"))]
+    if len(frames[0]) > HEADER_BYTES:
+        raise WireError(f"A header of {len(frames[0])} bytes cannot be sent.", code=Code.LIMIT)
     payload: Buffer = getattr(message, "payload", b"")
     if len(payload):
         frames.append(payload)
@@ -53,8 +58,11 @@ def decode(frames: Sequence[Buffer]) -> Message:
     if len(frames[0]) > HEADER_BYTES:
         raise WireError(f"The header has {len(frames[0])} bytes, at most {HEADER_BYTES} are allowed.", code=Code.LIMIT)
     header = _unpack(frames[0])
-    if header.pop("protocol", None) != PROTOCOL:
-        raise WireError(f"The peer does not speak protocol version {PROTOCOL}.", code=Code.PROTOCOL_VERSION)
+    protocol = header.pop("protocol", None)
+    if type(protocol) is not int or protocol != PROTOCOL:
+        theirs = f"version {protocol}" if type(protocol) is int else "none"
+        sentence = f"The peer speaks protocol {theirs}, this side version {PROTOCOL}: install the same paramserver on both."
+        raise WireError(sentence, code=Code.PROTOCOL_VERSION)
     kind = _KINDS.get(str(header.pop("type", "")))
     if kind is None:
         raise WireError("The header names no type of message that exists.")
@@ -78,7 +86,7 @@ def _unpack(frame: Buffer) -> dict[str, Any]:
             raw=False,
             max_array_len=ARRAY_ITEMS,
             max_map_len=MAP_ITEMS,
-            max_str_len=STRING_CHARACTERS,
+            max_str_len=STRING_BYTES,
             max_bin_len=0,
             max_ext_len=0,
         )
@@ -94,7 +102,14 @@ def _plain(value: Any) -> Any:
     """A message as msgpack's own types, without its payload."""
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "payload"}
+    if type(value) is str and len(value) > STRING_BYTES // 4:
+        return _clipped(value)
     return value
+
+
+def _clipped(text: str) -> str:
+    """A long text as far as the other side takes it: a sentence may end early, a connection must not."""
+    return text.encode("utf-8", "replace")[:STRING_BYTES].decode("utf-8", "ignore")
 
 
 # Checkers, built once from the type of every field

@@ -32,11 +32,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from common.errors import ParamserverError
+from common.errors import ConfigError, ParamserverError, StateError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
     from common.config import Loaded, Settings
 
@@ -201,6 +202,7 @@ def serve(
     if print_config:
         _show_settings(loaded, as_json=as_json)
         return
+    _expect_folder(ready_file)
     from paramserver import memory
     from paramserver.daemon import Daemon
 
@@ -214,8 +216,8 @@ def serve(
         voice.say(
             "info", f"Listening on {address}." + ("" if settings.directory else " Nothing is saved: no directory.")
         )
-        typer.echo(f"Join with:\n  paramserver worker {_from_elsewhere(address)} --task digits")
-        sys.stdout.flush()
+        join = f"Join with:\n  paramserver worker {_from_elsewhere(address)} --task digits"
+        _console().print(_escape(join), soft_wrap=True)
 
     Daemon(settings, voice.say, ready).run()
     voice.say("info", "Stopped.")
@@ -240,6 +242,7 @@ def worker(
     if print_config:
         _show_settings(loaded, as_json=as_json)
         return
+    _expect_folder(report)
     _exit_on_signals()
     voice = Voice()
     logging.getLogger("paramserver").addHandler(voice)
@@ -276,13 +279,14 @@ def launch(
 ) -> None:
     """Run a server and its workers on this machine until the budget is used up, and report."""
     loaded = _load("ServerSettings", config, flags)
-    _exit_on_signals()
     from deploy import local
 
-    voice = Voice()
     plan = local.plan(loaded, task=task, workers=workers, per_gpu=per_gpu, data=data, solo=not no_solo)
+    _exit_on_signals()
+    voice = Voice()
     results = local.launch(plan, voice.console, voice.say)
     _console().print(local.closing_table(results))
+    typer.echo(f"Report: {results['report']}")
 
 
 @app.command(hidden=True)
@@ -421,8 +425,17 @@ def _exit_on_signals() -> None:
 def _write(path: Path, text: str) -> None:
     """The whole text or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StateError(f"{path} cannot be written: {error.strerror}.", fix="Choose another place.") from None
+
+
+def _expect_folder(path: Path | None) -> None:
+    """Better told now than when there is something to write."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: its folder is not there.", fix=f"Make {path.parent} first.")
 
 
 def _from_elsewhere(address: str) -> str:
@@ -438,7 +451,13 @@ def _from_elsewhere(address: str) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False)
+    class Patient(Console):
+        """One that goes on when nobody reads any more: a closed pipe stops no server."""
+
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    console = Patient(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = WIDE_COLUMNS
     return console
@@ -497,14 +516,21 @@ class Steps:
         e = session.exchanges
         done = max(e.pushed + e.rejected, 1)
         line = (
-            f"step {step:,}  loss {float(loss):.4f}  {samples_per_s:,.0f} samples/s  version {session.version}  "
-            f"exchange {1000 * e.stalled_s / done:.1f} ms stalled, {100 * e.hidden / done:.0f} % hidden  "
+            f"step {step:,} · loss {float(loss):.4f} · {samples_per_s:,.0f} samples/s · version {session.version} · "
+            f"stalled {1000 * e.stalled_s / done:.1f} ms, {100 * e.hidden / done:.0f} % hidden · "
             f"{size(e.bytes_up)} up, {size(e.bytes_down)} down"
         )
         if self._status is not None:
-            self._status.update(line)
+            self._status.update(_one_line(line))
         else:
             self._voice.say("info", line)
+
+
+def _one_line(words: str) -> Text:
+    """Cut where the terminal ends."""
+    from rich.text import Text
+
+    return Text(words, no_wrap=True, overflow="ellipsis")
 
 
 def size(count: float) -> str:
@@ -569,11 +595,12 @@ def _status(address: str, found: Mapping[str, Any]) -> RenderableType:
     from rich.console import Group
 
     rule = f"{found['rule']}, {found['local_steps']} local steps, {found['codec']} up and {found['reply_codec']} down"
+    durable = "none" if found["durable"] == "0.0" else found["durable"]
     lines = [
         f"[bold]{_escape(address)}[/]: {_escape(found['phase'])}"
         + (f", {_escape(found['finished'])}" if found["finished"] else ""),
         f"{_escape(rule)}; {found['parameters']:,} parameters, {size(found['memory_bytes'])}",
-        f"version {found['epoch']}:{found['version']}, {found['durable']} durable; {found['updates']:,} updates "
+        f"version {found['epoch']}.{found['version']}, on the disk {durable}; {found['updates']:,} updates "
         f"({found['updates_per_s']:,.1f}/s), {found['samples']:,} samples ({found['samples_per_s']:,.0f}/s), "
         f"{100 * found['budget_used']:.0f} % of the budget",
     ]

@@ -21,13 +21,14 @@ Left out: other machines (`paramserver worker` joins from there), and what the f
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,7 +38,7 @@ from typing import Any, Protocol, Self
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from common import config, query
 from common.config import Loaded, ServerSettings
@@ -100,16 +101,25 @@ class Plan:
     """To look at the center with."""
 
     @property
+    def where(self) -> str:
+        """The devices, each once."""
+        return ", ".join(sorted(set(self.devices)))
+
+    @property
     def seed(self) -> int:
         """Start of the initial weights, and of the first worker; the others count on from it."""
         return self.server.settings.seed
+
+    def seed_of(self, number: int) -> int:
+        """Of the worker with that number."""
+        return (self.seed + number) % 2**32
 
     def task_words(self, number: int) -> list[str]:
         """Flags of the worker with that number, and of a lone one in its place."""
         return [
             f"--task={self.task}",
             f"--device={self.devices[number]}",
-            f"--seed={(self.seed + number) % 2**32}",
+            f"--seed={self.seed_of(number)}",
             f"--model-seed={self.seed}",
             f"--threads={self.threads}",
             *([f"--data={self.data}"] if self.data else []),
@@ -215,8 +225,11 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self._process.poll()
+        """Its exit code; None while it runs. What it started and left behind ends with it."""
+        process = self._process
+        if process.returncode is None and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._kill_group()
+        return process.poll()
 
     def ended(self) -> str:
         """How it ended, in words; '' while it runs."""
@@ -243,38 +256,49 @@ class Child:
 
     def kill(self) -> None:
         """End it and whatever it started."""
+        if self.code is None:
+            self._kill_group()
+            self._process.wait()
+
+    def _kill_group(self) -> None:
+        """Only before the child is waited for: until then nobody else can have its number."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 class Center:
     """The server's center, looked at again and again: how good it is on data that nobody trains on."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, say: Say) -> None:
         self._task = task
+        self._say = say
         self._observer: observer.Observer | None = None
         self._due_s = 0.0
-        self._evaluates = True
+        self.evaluates = True
         self.curve: list[dict[str, Any]] = []
 
     def look_if_due(self, address: str, status: dict[str, Any], time_s: float) -> None:
         """A new point of the curve, about every LOOK_S."""
-        if self._evaluates and time.monotonic() >= self._due_s:
+        if self.evaluates and time.monotonic() >= self._due_s:
             self.look(address, status, time_s)
 
     def look(self, address: str, status: dict[str, Any], time_s: float) -> None:
         """A new point of the curve; none where the task evaluates nothing or the server does not answer."""
         used_s = time.thread_time()
-        with suppress(NetworkError):
+        try:
             if self._observer is None:
                 self._observer = observer.Observer(address, self._task.model, name="launcher")
             self._observer.fetch(ANSWER_S)
             found = self._task.evaluate(self._task.model)
-            self._evaluates = found is not None
-            if found is not None:
-                point = {"time_s": round(time_s, 3), "updates": status["updates"], "samples": status["samples"]}
-                self.curve.append(point | {"loss": found.loss, "accuracy": _known(found.accuracy)})
+        except NetworkError:
+            return
+        except Refused as error:
+            self._say("warning", f"The center cannot be evaluated: {error}")
+            found = None
+        self.evaluates = found is not None
+        if found is not None:
+            point = {"time_s": round(time_s, 3), "updates": status["updates"], "samples": status["samples"]}
+            self.curve.append(point | {"loss": found.loss, "accuracy": _known(found.accuracy)})
         used_s = time.thread_time() - used_s
         self._due_s = time.monotonic() + max(LOOK_S, used_s / LOOK_SHARE)
 
@@ -321,11 +345,13 @@ class Bar:
 
 
 @contextmanager
-def _screen(console: Console, say: Say, budget: str) -> Iterator[Screen]:
+def _screen(console: Console, say: Say, budget_updates: int | None) -> Iterator[Screen]:
+    budget = f"/{budget_updates:,}" if budget_updates else ""
     if not console.is_terminal:
         yield Lines(say, budget)
         return
-    columns = (BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}"))
+    words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(bar_width=12), TaskProgressColumn(), words)
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bar(progress, budget)
 
@@ -333,7 +359,11 @@ def _screen(console: Console, say: Say, budget: str) -> Iterator[Screen]:
 def _progress(status: dict[str, Any], curve: Sequence[dict[str, Any]], budget: str) -> str:
     words = [f"{status['updates']:,}{budget} updates"]
     if curve:
-        words.append(f"center loss {curve[-1]['loss']:.3f}, accuracy {_percent(curve[-1]['accuracy'])}")
+        words.append(f"loss {curve[-1]['loss']:.3f}")
+    elif (loss := _mean(row["loss"] for row in _live(status))) is not None:
+        words.append(f"training loss {loss:.3f}")
+    if curve and curve[-1]["accuracy"] is not None:
+        words.append(f"accuracy {_percent(curve[-1]['accuracy'])}")
     words.append(f"{status['samples_per_s']:,.0f} samples/s")
     words.append(f"lag {max((row['lag'] for row in _live(status)), default=0)}")
     return " · ".join(words)
@@ -369,7 +399,7 @@ class Run:
         self._gone: set[str] = set()
         self._told: set[str] = set()
         self._patience = Patience(say)
-        self.center = Center(plan.center)
+        self.center = Center(plan.center, say)
         self.address = ""
         self.status: dict[str, Any] = {}
         self.started = time.time()
@@ -390,7 +420,8 @@ class Run:
             for child in (*others, *server):
                 child.kill()
             self._ready_file.unlink(missing_ok=True)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) and self.status.get("updates"):
+        saved = self._server is not None and self._server.code == 0 and self.status.get("updates")
+        if saved and isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._say("info", f"What was trained is saved; go on with --directory {self._plan.directory}")
 
     @property
@@ -439,6 +470,7 @@ class Run:
             name = f"worker-{number}"
             words = ["worker", self.address, f"--name={name}", f"--report={self._report_of(name)}"]
             words += plan.task_words(number)
+            self._report_of(name).unlink(missing_ok=True)
             self._workers.append(Child(name, words, plan.directory, threads=plan.threads))
 
     def train(self, screen: Screen) -> None:
@@ -446,7 +478,7 @@ class Run:
         joined = False
         while not (self.status.get("finished") or self._gone == {worker.name for worker in self._workers}):
             self._watch()
-            with suppress(NetworkError, Refused):
+            with suppress(NetworkError):
                 self.status = status = query.status(self.address, ANSWER_S)
                 if _live(status) and not joined:
                     joined = True
@@ -472,6 +504,7 @@ class Run:
         trained_s = self.status.get("elapsed_s", 0.0)
         deadline = time.monotonic() + LEAVE_S
         while True:
+            self._expect_server()
             self.status = query.status(self.address, ANSWER_S) | {"elapsed_s": trained_s}
             ended = {worker.name for worker in self._workers if worker.code is not None}
             here = {row["name"] for row in _live(self.status)} - ended
@@ -479,12 +512,13 @@ class Run:
                 break
             self._patience.wait(here, f"{', '.join(sorted(here))} to leave")
             time.sleep(POLL_S / 4)
-        if self.status["version"]:
+        if self.status["version"] and self.center.evaluates:
             self.center.look(self.address, self.status, self.elapsed_s)
 
     def stop_workers(self) -> None:
         """They have said goodbye; wait for the processes to end."""
-        self._end(self._workers, LEAVE_S)
+        self._wait(self._workers, LEAVE_S)
+        self._end(self._workers, STOP_S)
         self._watch_workers()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -536,12 +570,15 @@ class Run:
 
     def _watch(self) -> None:
         """Tell who died; raises where nobody is left to go on."""
-        assert self._server is not None
-        if self._server.code is not None:
-            raise self._server.failure("The server died")
+        self._expect_server()
         self._watch_workers()
         if all(worker.code for worker in self._workers):
             raise self._workers[-1].failure("Every worker died")
+
+    def _expect_server(self) -> None:
+        assert self._server is not None
+        if self._server.code is not None:
+            raise self._server.failure("The server died")
 
     def _watch_workers(self) -> None:
         ended = [worker for worker in self._workers if worker.code is not None]
@@ -571,12 +608,15 @@ class Run:
         for child in children:
             if child.code is None:
                 child.terminate()
+        self._wait(children, patience_s)
+        for child in children:
+            child.kill()
+
+    def _wait(self, children: Collection[Child], patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         while (left := [child.name for child in children if child.code is None]) and time.monotonic() < deadline:
             self._patience.wait(left, f"{', '.join(left)} to end")
             time.sleep(POLL_S / 4)
-        for child in children:
-            child.kill()
 
 
 # From start to end
@@ -587,37 +627,40 @@ def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
 
     Raises ParamserverError where the server or every worker died, or training diverged.
     """
-    budget = plan.server.settings.budget_updates
-    with Run(plan, say) as run:
-        run.start_server()
-        run.start_workers()
-        say(
-            "info",
-            f"{len(plan.devices)} workers, {plan.threads} threads each, on {', '.join(sorted(set(plan.devices)))}.",
-        )
-        with _screen(console, say, f"/{budget:,}" if budget else "") as screen:
-            run.train(screen)
-        run.finish()
-        say("info", _sentence(run.status["finished"] or "all workers left"))
-        steps = run.start_solo() if plan.solo else 0
-        run.stop_server()
-        if steps:
-            say("info", f"One worker alone trains for {steps:,} steps, to compare.")
-        solo = run.solo()
-        run.stop_workers()
-        summary = _summary(plan, run, run.rows(), solo)
-    path, page = report.write(plan.directory, summary)
+    run, solo = Run(plan, say), dict[str, Any]()
+    try:
+        with run:
+            run.start_server()
+            run.start_workers()
+            say("info", f"{len(plan.devices)} workers, {plan.threads} threads each, on {plan.where}.")
+            with _screen(console, say, plan.server.settings.budget_updates) as screen:
+                run.train(screen)
+            run.finish()
+            say("info", _sentence(run.status["finished"] or "all workers left"))
+            steps = run.start_solo() if plan.solo else 0
+            run.stop_server()
+            if steps:
+                say("info", f"One worker alone trains for {steps:,} steps, to compare.")
+            solo = run.solo()
+            run.stop_workers()
+    except ParamserverError as error:
+        if run.status.get("updates"):
+            _, page = report.write(plan.directory, _summary(plan, run, solo, error.sentence))
+            say("info", f"What was done until then: {page}")
+        raise
+    path, page = report.write(plan.directory, _summary(plan, run, solo, 0))
     return _read(path) | {"report": str(page)}
 
 
-def _summary(plan: Plan, run: Run, rows: list[dict[str, Any]], solo: dict[str, Any]) -> dict[str, Any]:
-    settings, status, curve = plan.server.settings, run.status, run.center.curve
+def _summary(plan: Plan, run: Run, solo: dict[str, Any], end: int | str) -> dict[str, Any]:
+    settings, status, curve, rows = plan.server.settings, run.status, run.center.curve, run.rows()
     last = curve[-1] if curve else {"loss": None, "accuracy": None}
     return {
         "task": plan.task,
         "rule": settings.rule,
         "settings": [row._asdict() for row in config.describe(plan.server)],
-        "seeds": {"server": plan.seed, "weights": plan.seed} | {row["name"]: row.get("seed") for row in rows},
+        "seeds": {"server": plan.seed, "weights": plan.seed}
+        | {row["name"]: plan.seed_of(number) for number, row in enumerate(rows)},
         "versions": _versions(),
         "started": run.started,
         "seconds": status["elapsed_s"],
@@ -632,7 +675,7 @@ def _summary(plan: Plan, run: Run, rows: list[dict[str, Any]], solo: dict[str, A
         "solo_loss": solo.get("loss"),
         "solo_curve": solo.get("curve", []),
         "solo": {name: value for name, value in solo.items() if name != "curve"},
-        "exit": 0,
+        "exit": end,
     }
 
 
@@ -653,16 +696,18 @@ def closing_table(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in ("", f"{len(rows)} workers", "one worker alone"):
         table.add_column(column, justify="right" if column else "left")
-    steps = sum(row["steps"] for row in rows)
-    table.add_row("accuracy", _percent(found["center_accuracy"]), _percent(found["solo_accuracy"]), style="bold")
-    table.add_row("test loss", _number(found["center_loss"], ".4f"), _number(found["solo_loss"], ".4f"))
+    steps, loss = sum(row["steps"] for row in rows), _mean(row.get("loss") for row in rows)
+    if found["center_accuracy"] is not None:
+        table.add_row("accuracy", _percent(found["center_accuracy"]), _percent(found["solo_accuracy"]), style="bold")
+    if found["center_loss"] is not None:
+        table.add_row("test loss", _number(found["center_loss"], ".4f"), _number(found["solo_loss"], ".4f"))
+    table.add_row("last training loss", _number(loss, ".4f"), _number(solo.get("last_loss"), ".4f"))
     table.add_row("steps", _number(steps), _number(solo.get("steps")))
     table.add_row("samples/s", _number(found["samples_per_s"]), _number(solo.get("samples_per_s")))
     table.add_row("seconds", _number(found["seconds"], ".1f"), _number(solo.get("seconds"), ".1f"))
     table.add_row("lag, median and most", f"{_number(lag['median'], 'g')} and {_number(lag['max'])}", "")
     table.add_row("sent up and down", f"{_mib(found['bytes_up'])} and {_mib(found['bytes_down'])}", "")
     table.add_row("refused updates", _number(found["rejected"]), "")
-    table.caption, table.caption_justify = f"Report: {found['report']}", "left"
     return table
 
 
@@ -699,6 +744,7 @@ def train_alone(
         "samples": done.samples,
         "seconds": seconds,
         "samples_per_s": done.samples / seconds,
+        "last_loss": _known(done.last_loss),
         "loss": last["loss"],
         "accuracy": last["accuracy"],
         "curve": curve,
@@ -723,7 +769,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known(value: float) -> float | None:
-    return None if value != value else value
+    return None if math.isnan(value) else value
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _percent(value: float | None) -> str:

@@ -159,6 +159,8 @@ class Applying:
                 shard.version,
                 (session.token, session.connection, session.peer),
                 lambda: uplink.give(slot),
+                now=state.now,
+                of_push=True,
             )
         )
 

@@ -89,6 +89,7 @@ class ServerCore:
             self.state,
             self.out,
             self.initial,
+            self.downlink,
             complete=lambda session, transfer: self.applying.add(session, transfer, self.uplink),
             decided=self.applying.tell_decision,
             again=self.pulls.answer_again,
@@ -174,7 +175,8 @@ class ServerCore:
     def deadline(self) -> float | None:
         """When the next Tick is wanted: a lease, a budget, a checkpoint, or the regular round."""
         state = self.state
-        times = [self._sweep_due]
+        # often enough to tell a quiet time from a standstill of this process
+        times = [self._sweep_due, state.now + self.settings.lease_s / 4]
         times += [t for t in (self.initial.deadline, self.durability.deadline) if t is not None]
         if not state.finished and (end := state.budget.end()) is not None:
             times.append(end)
@@ -215,7 +217,7 @@ class ServerCore:
                     self.uplink.commit(session, message)
             case More(session=token, connection=connection, transfer=reply, until=until):
                 if self._session(message, peer):
-                    for send in self.downlink.more(reply, token, connection, until):
+                    for send in self.downlink.more(reply, token, connection, until, self.state.now):
                         self.out.add(send)
             case Pull():
                 if session := self._session(message, peer):
@@ -264,6 +266,7 @@ class ServerCore:
             session.progress_steps = beat.steps
             session.last_progress = self.state.now
         self.out.tell(session, Beat(session.token, session.connection, session.progress_steps))
+        self.uplink.reassure(session)
 
     def _unsendable(self, peer: bytes, reason: str) -> None:
         """Whoever cannot be written to must dial again; the lease goes on."""
@@ -300,6 +303,7 @@ class ServerCore:
     def _sweep(self) -> None:
         """End what is silent, forget what is old. Leases only get longer, so the next sweep is due with the first."""
         now, lease_s = self.state.now, self.settings.lease_s
+        self.downlink.expire(now - lease_s)
         for session in list(self.sessions.values()):
             if session.live and session.lease_end <= now:
                 self._end(session, f"silent for {lease_s:g} s")
@@ -326,8 +330,9 @@ class ServerCore:
     # Ends
 
     def _end(self, session: Session, reason: str) -> None:
-        """The session becomes a record. A committed push is decided first; the lease ends the session later."""
+        """The session becomes a record; where a committed push must be decided first, its lease ends it after that."""
         if session.transfer is not None and session.transfer.committed:
+            session.lease_end = min(session.lease_end, self.state.now)
             return
         self.initial.give_up(session, back_in_line=False)
         self.uplink.drop(session)

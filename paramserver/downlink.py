@@ -35,6 +35,10 @@ class Outgoing:
     reading: int = 0
     """Messages that the transport still reads from."""
     cancelled: bool = False
+    of_push: bool = False
+    """Whether it answers a push: the next push of its session says that nobody waits for it any more."""
+    asked: float = 0.0
+    """When the receiver last asked for more of it (monotonic seconds)."""
 
     @property
     def finished(self) -> bool:
@@ -59,23 +63,27 @@ class Downlink:
         version: Version,
         to: tuple[str, int, bytes],
         done: Callable[[], None],
+        *,
+        now: float,
+        of_push: bool = False,
     ) -> Send:
         """Announce `data` to (session, connection, peer); `done` runs once nobody reads it any more."""
         self._last_id += 1
         reply = Reply(self._last_id, plan.bytes, plan.codec, version)
         session, connection, peer = to
-        out = Outgoing(reply, data, plan, session, connection, peer, done)
+        out = Outgoing(reply, data, plan, session, connection, peer, done, of_push=of_push, asked=now)
         self._outgoing[reply.id] = out
         if len(plan.chunks) > 1:
             return Send(peer, wire.encode(announce(reply, b"")))
         out.sent = out.reading = 1
         return Send(peer, wire.encode(announce(reply, data.data)), hold=reply.id)
 
-    def more(self, reply_id: int, session: str, connection: int, until: int) -> list[Send]:
+    def more(self, reply_id: int, session: str, connection: int, until: int, now: float) -> list[Send]:
         """The chunks below `until` that were not sent yet."""
         out = self._outgoing.get(reply_id)
         if out is None or out.cancelled or (out.session, out.connection) != (session, connection):
             return []
+        out.asked = now
         sends = []
         while out.sent < min(until, len(out.plan.chunks)):
             piece = out.plan.chunks[out.sent]
@@ -92,11 +100,19 @@ class Downlink:
             out.reading -= 1
             self._settle(out)
 
-    def cancel(self, session: str) -> None:
-        """The session's connection is gone: send no more to it."""
-        for out in [out for out in self._outgoing.values() if out.session == session]:
-            out.cancelled = True
-            self._settle(out)
+    def cancel(self, session: str, *, of_push: bool = False) -> None:
+        """Send no more to this session: its connection is gone, or (`of_push`) it has gone on to its next push."""
+        for out in [out for out in self._outgoing.values() if out.session == session and out.of_push >= of_push]:
+            self._cancel(out)
+
+    def expire(self, before: float) -> None:
+        """Give up replies of which nobody has asked for more since `before`, so that they hold no buffer for ever."""
+        for out in [out for out in self._outgoing.values() if out.asked < before]:
+            self._cancel(out)
+
+    def _cancel(self, out: Outgoing) -> None:
+        out.cancelled = True
+        self._settle(out)
 
     def _settle(self, out: Outgoing) -> None:
         if out.finished and out.reply.id in self._outgoing:

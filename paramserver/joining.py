@@ -62,6 +62,8 @@ class Joining:
             session = self._admit(peer, hello)
         else:
             resumed = "live" if session.live and session.anchored else "record"
+            if not session.live:
+                self._check_room()
             self._reconnect(session, peer)
         if state.model is not None:
             state.model.slots.grow(len(state.members))
@@ -164,9 +166,14 @@ class Joining:
 
     def _lost(self, hello: Hello, session: Session) -> tuple[int, ...]:
         """Numbers that this worker was told are applied and that a crash undid."""
-        if hello.resume is None or hello.resume.session != session.token:
+        if hello.resume is None:
             return ()
         first, last = session.decision.number + 1, hello.resume.last_applied
+        if hello.resume.session != session.token:
+            # a session of an earlier life that no checkpoint knows began after the last one: all of it is undone
+            if hello.resume.session.split(".")[0] == str(self._state.epoch):
+                return ()
+            first = 1
         if last < first:
             return ()
         self._out.say("warning", f"{session.worker}: updates {first} to {last} were applied but lost in the crash.")
@@ -176,15 +183,9 @@ class Joining:
 
     def _admit(self, peer: bytes, hello: Hello) -> Session:
         state = self._state
-        live = sum(session.live for session in state.sessions.values())
-        if live >= state.settings.max_sessions:
-            raise PeerError(
-                Code.FULL,
-                f"The server has {live} sessions, which is its limit.",
-                fix="Raise `max_sessions` on the server, or wait until a worker leaves.",
-            )
+        self._check_room()
         session = Session(
-            token=self._token(),
+            token=f"{state.epoch}.{self._token()}",
             instance=hello.instance,
             worker=self._free_name(hello.worker or "worker"),
             role=hello.role,
@@ -197,6 +198,15 @@ class Joining:
         )
         state.sessions[session.token] = session
         return session
+
+    def _check_room(self) -> None:
+        live = sum(session.live for session in self._state.sessions.values())
+        if live >= self._state.settings.max_sessions:
+            raise PeerError(
+                Code.FULL,
+                f"The server has {live} sessions, which is its limit.",
+                fix="Raise `max_sessions` on the server, or wait until a worker leaves.",
+            )
 
     def _name_taken(self, name: str) -> bool:
         return any(session.live and session.worker == name for session in self._state.sessions.values())

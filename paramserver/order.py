@@ -2,7 +2,7 @@
 
 Laws
 * A push enters when it is committed; pushes leave in the order they entered.
-* A pull may go before waiting pushes, never into one that runs: it waits for one job at most.
+* A pull goes before waiting pushes, never into one that runs; but of two jobs in a row one is a push, where one waits.
 * A job that started is finished: `current` is None again only through `finish`.
 """
 
@@ -30,28 +30,29 @@ class WorkOrder:
     """Jobs waiting for the shard, and the one that runs."""
 
     def __init__(self) -> None:
+        self._pulls: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
+        self._pulled = False
+        """Whether the last job was a pull."""
         self._last_id = 0
         self.current: Job | None = None
 
     def __len__(self) -> int:
-        return len(self._waiting) + (self.current is not None)
+        return len(self._waiting) + len(self._pulls) + (self.current is not None)
 
     def __repr__(self) -> str:
         running = self.current.name if self.current else "nothing"
-        return f"<WorkOrder running {running}, {len(self._waiting)} waiting>"
+        return f"<WorkOrder running {running}, {len(self._waiting) + len(self._pulls)} waiting>"
 
-    def add(self, job: Job, *, first: bool = False) -> None:
-        """Put `job` at the end, or before all that wait."""
-        if first:
-            self._waiting.appendleft(job)
-        else:
-            self._waiting.append(job)
+    def add(self, job: Job, *, pull: bool = False) -> None:
+        """Put `job` at the end of its queue."""
+        (self._pulls if pull else self._waiting).append(job)
 
     def next(self, parts: int, elements: int) -> Run | None:
         """Start the next job, if none runs."""
-        while self.current is None and self._waiting:
-            job = self._waiting.popleft()
+        while self.current is None and (self._waiting or self._pulls):
+            self._pulled = bool(self._pulls) and not (self._pulled and self._waiting)
+            job = (self._pulls if self._pulled else self._waiting).popleft()
             if (work := job.start()) is not None:
                 self.current = job
                 self._last_id += 1

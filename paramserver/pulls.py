@@ -1,7 +1,8 @@
 """Whoever wants the center: to look at it, to go on from it, or because a reply was lost. Pure.
 
 Laws
-* Pulls of one version share one encoded snapshot; a pull never waits for more than the one job that runs.
+* Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait.
+* Of one session, at most one pull to anchor and one to evaluate wait.
 * Only a pull that anchors changes anything: it tells the rule what its worker goes on from (GEM: s <- c). Pulls to
   evaluate never do.
 * A pull that its session or connection has outlived is dropped.
@@ -66,6 +67,9 @@ class Pulls:
             return Offer(session.token, session.connection, pull.purpose, reply, bool(state.finished), payload)
 
         anchor = pull.purpose == "anchor" and session.role == "worker"
+        # asking twice is asking once
+        for request in [r for r in self._waiting if r.session is session and r.anchor == anchor]:
+            self._waiting.remove(request)
         self._waiting.append(_Request(session, session.connection, anchor, announce))
 
     def answer_again(self, session: Session) -> None:
@@ -107,7 +111,7 @@ class Pulls:
 
         self._order.add(
             Job(f"pull of {request.session.worker}", start, lambda results: self._encoded(request, target[0], results)),
-            first=True,
+            pull=True,
         )
 
     def _start(self, request: _Request, target: list[Snapshot]) -> Work | None:
@@ -120,8 +124,10 @@ class Pulls:
         if snapshot is None:
             return None
         session = request.session
-        if request.anchor and session.arrays is None:
-            session.arrays = shard.session_arrays()
+        if request.anchor:
+            session.anchored = False  # until it is told: who comes back in between must anchor anew
+            if session.arrays is None:
+                session.arrays = shard.session_arrays()
         self._waiting.remove(request)
         target.append(snapshot)
         return shard.anchor_work(session.arrays if request.anchor else None, snapshot.data)
@@ -131,7 +137,7 @@ class Pulls:
             self._applying.diverge(request.session)
             return
         self._state.hosted.snapshots.publish(snapshot, self._state.version)
-        if request.anchor and request.session.live:
+        if request.anchor and request.alive:
             request.session.anchored = True
         self._send(request, snapshot)
 
@@ -153,5 +159,6 @@ class Pulls:
                 snapshot.version,
                 (session.token, session.connection, session.peer),
                 done,
+                now=self._state.now,
             )
         )

@@ -17,6 +17,7 @@ from typing import Literal
 from common.errors import Code, PeerError
 from common.messages import Begin, Buffer, Chunk, Commit, Grant, More, Push, Scalars
 from paramserver import intake
+from paramserver.downlink import Downlink
 from paramserver.initial import InitialWeights
 from paramserver.session import Decision, Session, Transfer
 from paramserver.slots import Slot
@@ -35,6 +36,7 @@ class Uplink:
         state: ServerState,
         out: Outbox,
         initial: InitialWeights,
+        downlink: Downlink,
         complete: Callable[[Session, Transfer], None],
         decided: Callable[[Session], None],
         again: Callable[[Session], None],
@@ -42,6 +44,7 @@ class Uplink:
         self._state = state
         self._out = out
         self._initial = initial
+        self._downlink = downlink
         self._complete_push = complete
         self._decided = decided
         self._again = again
@@ -98,6 +101,12 @@ class Uplink:
             self.drained += 1
             return
         self._complete(session, transfer, commit.scalars)
+
+    def reassure(self, session: Session) -> None:
+        """Tell a session that waits for its push to be let in or applied that it does not wait in vain."""
+        transfer = session.transfer
+        if transfer is not None and transfer.begin.kind == "push" and (transfer.slot is None or transfer.committed):
+            self._grant(session, transfer.begin, "wait", 0, Code.BUSY, "Others come first; this push has its place.")
 
     def refusal(self, session: Session) -> PeerError | None:
         """Why no push of this session is taken at present; None where it is."""
@@ -178,6 +187,7 @@ class Uplink:
             self._reject(session, begin.number, error)
             return None
         session.merged = begin.merged
+        self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
         transfer = Transfer(begin, session.connection, self._state.now, received=bytearray(len(shard.up.chunks)))
         session.transfer = transfer
         self._waiting.append((session, transfer))

@@ -194,7 +194,8 @@ class Trainer:
         undone = {s for s, version in self.applied.items() if not self.cluster.survives(version)} - self.reported
         if welcome.lost:
             numbers = range(welcome.lost[0], welcome.lost[1] + 1)
-            told = {self.numbers[welcome.session, n] for n in numbers if (welcome.session, n) in self.numbers}
+            session = self.core.membership.token  # also where there is a new one: numbers are of the old
+            told = {self.numbers[session, n] for n in numbers if (session, n) in self.numbers}
             assert told & self.applied.keys() - self.reported == undone, f"{self} lost {undone}, was told {told}"
         else:
             assert not undone or welcome.resumed == "new", f"{self} lost {undone} and was not told"
@@ -563,7 +564,7 @@ LARGE = Layout((Tensor("w", (600, 1000), "float32", "parameter"), Tensor("b", (7
 
 
 class Desk:
-    """A server whose outside is the test. Jobs and releases happen when told to, or `by_itself`; saves only when told."""
+    """A server whose outside is the test. Jobs and releases happen when told to, or `by_itself`; saves when told to."""
 
     def __init__(
         self,

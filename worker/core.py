@@ -235,6 +235,8 @@ class WorkerCore:
         self._attempts = 0
         self._away_told = False
         self._last_heard = 0.0
+        self._last_answer = 0.0
+        """When something that was asked for last came nearer (or was asked for)."""
         self._beat_due = 0.0
         self._hello_deadline = 0.0
         self._leave_deadline = 0.0
@@ -284,7 +286,8 @@ class WorkerCore:
             case "leaving":
                 return self._leave_deadline
             case _:
-                return min(self._beat_due, self._last_heard + self._silence_s)
+                heard = min(self._last_heard, self._last_answer) if self._expecting else self._last_heard
+                return min(self._beat_due, heard + self._silence_s)
 
     def validate(self) -> None:
         """Check the invariants."""
@@ -300,6 +303,11 @@ class WorkerCore:
     def _silence_s(self) -> float:
         """So much silence is doubt: half a lease, so that there is time to come back within it."""
         return self._lease_s / 2
+
+    @property
+    def _expecting(self) -> bool:
+        """Whether anything was asked for that has not come."""
+        return self._upload is not None or bool(self._wanted) or bool(self._downloads)
 
     @property
     def _beat_s(self) -> float:
@@ -354,8 +362,8 @@ class WorkerCore:
     def _welcome(self, welcome: Welcome) -> None:
         m = self.membership
         first_of_connection = (welcome.session, welcome.connection) != (m.token, m.connection)
-        if not first_of_connection and m.welcome is not None and m.welcome.init == welcome.init:
-            return
+        if not first_of_connection and m.welcome is not None and m.welcome.init in (welcome.init, "have"):
+            return  # said before, or overtaken by newer news
         known_before = bool(m.token)
         m.welcome, m.worker = welcome, welcome.worker
         m.known = max(m.known, welcome.version)
@@ -379,6 +387,7 @@ class WorkerCore:
                 self._upload = None if self._upload and self._upload.kind == "init" else self._upload
             case "have":
                 self.phase = "joined"
+                self._upload = None if self._upload and self._upload.kind == "init" else self._upload
                 self._go_on()
 
     def _adopt_session(self, welcome: Welcome, known_before: bool) -> None:
@@ -393,8 +402,8 @@ class WorkerCore:
                 upload.rewind()
         else:
             if upload is not None and upload.kind == "push":
-                # an unknown session may have applied it: never push it twice
-                pushed = welcome.resumed == "new" or welcome.last_decided >= upload.number
+                # an unknown session may have applied what was sent: never push it twice
+                pushed = upload.tried if welcome.resumed == "new" else welcome.last_decided >= upload.number
                 self._deliver(Orphaned(upload.number, pushed))
             self._upload = None
             m.anchored = False
@@ -425,13 +434,19 @@ class WorkerCore:
         assert self._upload is None, "one push at a time"
         m = self.membership
         m.last_number += 1
+        if not m.anchored:
+            # the session was lost meanwhile, and this update starts from an anchor that is no more
+            self._deliver(Orphaned(m.last_number, pushed=False))
+            return
         codec = str(cast(Welcome, m.welcome).settings["codec"])
         self._upload = Upload("push", m.last_number, data, self.plan(codec), scalars, base)
-        if self.phase == "joined" and m.anchored:
+        if self.phase == "joined":
             self._start_upload(self._upload)
 
     def _start_upload(self, upload: Upload) -> None:
         m = self.membership
+        upload.tried = True
+        self._last_answer = self._now
         begin = Begin(
             m.token,
             m.connection,
@@ -472,6 +487,7 @@ class WorkerCore:
 
     def _pull(self, purpose: Literal["anchor", "evaluate"]) -> None:
         m = self.membership
+        self._last_answer = self._now
         self._send(Pull(m.token, m.connection, purpose, m.known, m.merged))
 
     def _ack(self, ack: Ack) -> None:
@@ -497,6 +513,8 @@ class WorkerCore:
     def _receive(
         self, reply: Reply, purpose: Literal["push", "anchor", "evaluate"], number: int, payload: Buffer
     ) -> None:
+        if reply.codec not in codecs.names():
+            raise WireError(f"A reply in codec '{reply.codec}' was announced, which is not known here.")
         plan = self.plan(reply.codec)
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
@@ -572,6 +590,8 @@ class WorkerCore:
             return
         if (getattr(message, "session", ""), getattr(message, "connection", 0)) != (m.token, m.connection):
             return  # of an old connection
+        if not isinstance(message, Beat):
+            self._last_answer = self._now
         match message:
             case Grant(decision="go"):
                 self._continue_upload(message.number, message.until)
@@ -642,6 +662,8 @@ class WorkerCore:
             case _:
                 if now - self._last_heard >= self._silence_s:
                     self._doubt(f"the server was silent for {self._silence_s:g} s")
+                elif self._expecting and now - self._last_answer >= self._silence_s:
+                    self._doubt(f"the server did not answer for {self._silence_s:g} s")
                 elif now >= self._beat_due:
                     self._beat_due = now + self._beat_s
                     m = self.membership

@@ -31,6 +31,8 @@ class Upload:
     until: int = 0
     """Chunks below this index may be sent."""
     committed: bool = False
+    tried: bool = False
+    """Whether anything of it was ever sent: if not, nobody can have applied it."""
 
     def rewind(self) -> None:
         """A new connection: everything is sent again."""

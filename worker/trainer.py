@@ -44,6 +44,7 @@ from worker.driver import Driver
 LIBRARY = "paramserver 0.1.0"
 SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
+NAME_CHARACTERS = 64
 PATIENCE_S = 10.0
 """Waits longer than this are spoken of."""
 REJECTED_IN_A_ROW = 10
@@ -121,6 +122,8 @@ class Session:
         connect_timeout_s: float = 30.0,
     ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        if name is not None and not 0 < len(name) <= NAME_CHARACTERS:
+            raise UsageError(f"A worker's name has 1 to {NAME_CHARACTERS} characters, not {len(name)}.")
         self._address = address
         self._model = model
         self._optimizer = optimizer

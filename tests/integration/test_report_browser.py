@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from deploy.report import COLORS, write
+from deploy.report import write
+from deploy.report.page import COLORS
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 MISSING = [str(path) for path in (CHROMIUM, DRIVER) if not path.exists()]

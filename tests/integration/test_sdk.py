@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.errors import Code, NetworkError, Refused, UsageError
+from common.query import status
 from tests.processes import Server, cleaned_up
 from worker import join
-from common.query import status
 from worker.observer import Observer
 
 STEPS = 60

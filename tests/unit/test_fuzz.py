@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import typing
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -82,28 +84,26 @@ def messages_of_a_stranger(draw: st.DrawFn, session: Any) -> list[bytes]:
 # The wire
 
 
-@settings(max_examples=400, **PROFILE)
+def decoded(received: list[bytes]) -> None:
+    """A message, or WireError; anything else goes through."""
+    with contextlib.suppress(WireError):
+        assert isinstance(wire.decode(received), KINDS)
+
+
+@settings(max_examples=200, **PROFILE)
 @given(st.lists(st.binary(max_size=200), max_size=4))
 def test_random_bytes_are_no_message_or_one(received: list[bytes]) -> None:
-    try:
-        message = wire.decode(received)
-    except WireError as error:
-        assert error.sentence
-    else:
-        assert isinstance(message, KINDS)
+    decoded(received)
 
 
-@settings(max_examples=400, **PROFILE)
+@settings(max_examples=200, **PROFILE)
 @given(st.dictionaries(texts | st.binary(max_size=4), anything, max_size=6), st.sampled_from(KINDS), payloads)
 def test_random_maps_are_no_message_or_one(header: dict[Any, Any], cls: type[Any], payload: bytes) -> None:
     packed = msgpack.packb({"protocol": 1, "type": cls.__name__.lower()} | header)
-    try:
-        wire.decode([packed, payload])
-    except WireError as error:
-        assert error.sentence
+    decoded([packed, payload])
 
 
-@settings(max_examples=300, **PROFILE)
+@settings(max_examples=150, **PROFILE)
 @given(st.data())
 def test_mutated_bytes_of_a_valid_message(data: st.DataObject) -> None:
     cls = data.draw(st.sampled_from(KINDS))
@@ -113,10 +113,7 @@ def test_mutated_bytes_of_a_valid_message(data: st.DataObject) -> None:
         mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(mutated)))
     for attempt in (bytes(mutated), bytes(mutated[:cut]), header + bytes(mutated[cut:])):
-        try:
-            wire.decode([attempt, *rest])
-        except WireError as error:
-            assert error.sentence
+        decoded([attempt, *rest])
 
 
 class Nobody:
@@ -157,7 +154,7 @@ def live() -> tuple[Desk, Hand, Hand, Any]:
     return desk, hand, liar, desk.state()
 
 
-@settings(max_examples=60, **PROFILE)
+@settings(max_examples=40, **PROFILE)
 @given(st.data())
 def test_server_bears_whatever_is_sent_from_within_a_session(data: st.DataObject) -> None:
     """Anything but a good update from a worker that may push: its center stays, and the others go on."""
@@ -169,7 +166,7 @@ def test_server_bears_whatever_is_sent_from_within_a_session(data: st.DataObject
     assert hand.push(2).outcome == "applied"
 
 
-@settings(max_examples=100, **PROFILE)
+@settings(max_examples=40, **PROFILE)
 @given(st.lists(st.lists(st.binary(max_size=60), min_size=0, max_size=3), min_size=1, max_size=5))
 def test_server_bears_random_frames(received: list[list[bytes]]) -> None:
     desk, hand, liar, before = live()
@@ -178,7 +175,7 @@ def test_server_bears_random_frames(received: list[list[bytes]]) -> None:
     assert hand.push(2).outcome == "applied"
 
 
-@settings(max_examples=100, **PROFILE)
+@settings(max_examples=40, **PROFILE)
 @given(st.data())
 def test_server_bears_a_worker_that_tells_lies_about_its_push(data: st.DataObject) -> None:
     """Anchored, and in a position to push: each header field is a lie, and what is not applied leaves no trace."""
@@ -202,7 +199,7 @@ names = st.text(max_size=5) | st.sampled_from(["\ud800", "\x00", "x" * 1024, "x"
 rows = st.tuples(names, st.lists(st.integers(-1, 2**41), max_size=9), names, names, st.lists(names, max_size=2))
 layouts = st.one_of(
     st.binary(max_size=50),
-    st.lists(rows, max_size=3).map(lambda made: __import__("json").dumps(made).encode()),
+    st.lists(rows, max_size=3).map(lambda made: json.dumps(made).encode()),
     st.tuples(names, st.integers(1, 5)).map(
         lambda pair: Layout((Tensor(pair[0], (pair[1],), "float32", "parameter"),)).describe()
     ),
@@ -210,7 +207,7 @@ layouts = st.one_of(
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@settings(max_examples=80, **PROFILE)
+@settings(max_examples=25, **PROFILE)
 @given(layout=layouts, name=texts)
 def test_server_bears_any_layout_in_hello(fresh: bool, layout: bytes, name: str) -> None:
     desk = Desk()

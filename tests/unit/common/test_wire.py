@@ -16,6 +16,8 @@ from common.errors import Code, WireError
 from common.messages import Beat, Begin, Hello, Message, Push, Scalars, Version, Welcome
 
 KINDS = get_args(Message)
+TEXT = 1024
+"""Longest text on the wire, bytes."""
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(0, wire.INTEGER_LIMIT - 1),
     float: st.floats(allow_nan=False),
@@ -40,7 +42,8 @@ def of(hint: Any) -> st.SearchStrategy[Any]:
     if type(None) in arguments:
         return st.none() | of(arguments[0])
     hints = get_type_hints(hint, vars(messages))
-    return st.builds(hint, **{name: st.binary(max_size=50) if name == "payload" else of(h) for name, h in hints.items()})
+    fields = {name: st.binary(max_size=50) if name == "payload" else of(h) for name, h in hints.items()}
+    return st.builds(hint, **fields)
 
 
 def example(cls: type[Any]) -> Any:
@@ -163,7 +166,7 @@ def test_another_protocol_is_named_before_anything_else_is_read(protocol: object
         msgpack.packb({"protocol": 1, "type": ["beat"]}),
         msgpack.packb({"protocol": 1, "type": "Beat"}),
         msgpack.packb({"protocol": 1, "type": "beat"}) + b"\x00",
-        msgpack.packb({"protocol": 1, "type": "query", "what": "x" * (wire.STRING_CHARACTERS + 1)}),
+        msgpack.packb({"protocol": 1, "type": "query", "what": "x" * (TEXT + 1)}),
         msgpack.packb({"protocol": 1, "type": "query", "what": ["x"] * (wire.ARRAY_ITEMS + 1)}),
         msgpack.packb({"protocol": 1, "type": "query", "what": {str(i): 1 for i in range(wire.MAP_ITEMS + 1)}}),
         msgpack.packb({"protocol": 1, "type": "query", "what": b"x"}),
@@ -188,8 +191,8 @@ def test_what_is_sent_can_be_read() -> None:
     """Whatever the values, a sender finds out itself that the other side could not read it."""
     welcome = example(Welcome)
     for message in (
-        dataclasses.replace(welcome, worker="x" * (wire.STRING_CHARACTERS + 1)),
-        dataclasses.replace(example(Hello), worker="ü" * wire.STRING_CHARACTERS),
+        dataclasses.replace(welcome, worker="x" * (TEXT + 1)),
+        dataclasses.replace(example(Hello), worker="ü" * TEXT),
         dataclasses.replace(example(messages.Fault), sentence="\udcff"),
     ):
         try:

@@ -14,8 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy import report
-from deploy.report import EVENTS, OTHERS, POINTS, SCALES, WORKERS, Curve, _axis, figures, page, read, tag, write
+from deploy.report import write
+from deploy.report.charts import _axis
+from deploy.report.figures import figures
+from deploy.report.log import EVENTS, OTHERS, POINTS, WORKERS, Curve, read
+from deploy.report.markup import SCALES, tag
+from deploy.report.page import page
 
 HOSTILE = """<script>alert("x")</script>&'><img src=x onerror=alert(1)>$title\ud800"""
 HARMLESS = "(harmless)"  # sorts where HOSTILE does
@@ -451,7 +455,7 @@ def test_each_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     def fails(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.Path, "replace", fails)
+    monkeypatch.setattr(Path, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -291,7 +291,7 @@ def test_empty_server_forgets_a_model_that_nobody_stands_for() -> None:
 
 @BOTH
 def test_repeats_of_every_message_apply_once_on_the_same_connection(layout: Layout) -> None:
-    """What is single comes twice; chunks have an order of their own and are tested by `test_a_refusal_changes_nothing`."""
+    """What is single comes three times; a chunk that does breaks the transfer, see `test_a_refusal_changes_nothing`."""
     desk = Desk(layout)
     hand = desk.join()
     for number in (1, 2, 3):
@@ -361,7 +361,8 @@ def test_messages_of_an_old_connection_are_drained() -> None:
     pieces = old.pieces(1)
     new = old.resume(0)
     before, drained = desk.state(), desk.core.drained
-    for message in [*pieces, Beat(old.session, old.connection, 5), Pull(old.session, old.connection, "anchor", NOWHERE, 0)]:
+    here = (old.session, old.connection)
+    for message in [*pieces, Beat(*here, 5), Pull(*here, "anchor", NOWHERE, 0)]:
         old.send(message)
     assert desk.state() == before
     assert desk.core.drained == drained + len(pieces) + 2
@@ -455,7 +456,8 @@ def broken(desk: Desk, hand: Hand, how: str) -> str:
     }
     if how in changes:
         code, changed = changes[how]
-        hand.send(Push(hand.begun(1, **changed), pieces[0].scalars, pieces[0].payload) if small else hand.begun(1, **changed))
+        begin = hand.begun(1, **changed)
+        hand.send(Push(begin, pieces[0].scalars, pieces[0].payload) if small else begin)
         return code
     match how:
         case "nan":
@@ -1051,7 +1053,7 @@ def test_server_goes_on_from_its_checkpoint(layout: Layout) -> None:
     assert (again.welcome.resumed, again.welcome.last_decided) == ("live", 1)
     assert again.welcome.lost == (2, 3)
     assert late.hello(resume=Resume(other.session, 0, 0, 0)).lost == ()
-    assert again.push(4, 0.5, base=Version(1, 3)).outcome == "applied", "a base that was lost counts as the recovered one"
+    assert again.push(4, 0.5, base=Version(1, 3)).outcome == "applied", "a lost base counts as the recovered one"
     assert life.core.version == (2, 2)
     assert late.push(1, 0.5, base=Version(1, 0)).outcome == "applied"
 

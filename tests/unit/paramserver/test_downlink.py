@@ -53,7 +53,8 @@ def test_one_chunk_rides_in_the_announcement() -> None:
     assert out.given_back == 1
 
 
-events = st.lists(st.one_of(st.integers(0, 5), st.sampled_from(["read", "cancel", "foreign", "old", "other"])), max_size=25)
+names = st.sampled_from(["read", "cancel", "foreign", "old", "other"])
+events = st.lists(st.one_of(st.integers(0, 5), names), max_size=25)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

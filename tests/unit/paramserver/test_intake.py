@@ -108,4 +108,5 @@ def test_padding_must_be_zero() -> None:
     chunk = plan.chunks[index]
     bad = ENCODED["fp16"][chunk.offset : chunk.offset + chunk.size].copy()
     bad[block.offset + block.size - 1 - chunk.offset] = 1
-    refused(Code.ENCODING, intake.take_chunk, transfer(plan), np.zeros(plan.bytes, np.uint8), plan, index, bad.tobytes())
+    target = np.zeros(plan.bytes, np.uint8)
+    refused(Code.ENCODING, intake.take_chunk, transfer(plan), target, plan, index, bad.tobytes())

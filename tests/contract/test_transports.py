@@ -1,0 +1,399 @@
+"""What every transport keeps, whatever carries it: tcp, ipc, memory; and what sockets keep besides.
+
+Nothing here waits for a fixed time and then asserts: everything is polled until it is so, or a deadline has passed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import transports
+from common.errors import NetworkError
+from common.transports.base import SERVER
+from common.transports.memory import MemoryEndpoint
+from common.wire import PAYLOAD_BYTES
+
+TIMEOUT_S = 10.0
+MEGABYTE = 1 << 20
+
+
+class Wires:
+    """One listener and any number of dialers of one kind."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self._dialers: list[Any] = []
+        self.listener: Any
+        if kind == "memory":
+            self.listener = MemoryEndpoint("memory://test")
+        else:
+            address = {"tcp": "tcp://127.0.0.1:0", "ipc": f"ipc://{folder}/server"}[kind]
+            self.listener = transports.listen([address])
+
+    def dial(self) -> Any:
+        end = self.listener.connect() if self.kind == "memory" else transports.dial(self.listener.address)
+        self._dialers.append(end)
+        return end
+
+    def met(self) -> tuple[Any, bytes]:
+        """A dialer that has spoken, and its name at the listener."""
+        dialer = self.dial()
+        assert dialer.send(SERVER, [b"hello"]) == ""
+        peer, frames = received(self.listener)
+        assert [bytes(frame) for frame in frames] == [b"hello"]
+        return dialer, peer
+
+    def close(self) -> None:
+        for end in (*self._dialers, self.listener):
+            end.close()
+
+
+@pytest.fixture(params=["tcp", "ipc", "memory"])
+def wires(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wires]:
+    made = Wires(request.param, tmp_path_factory.mktemp("s"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def sockets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wires]:
+    made = Wires(request.param, tmp_path_factory.mktemp("s"))
+    yield made
+    made.close()
+
+
+def until(done: Callable[[], Any], what: str) -> Any:
+    """Poll until `done` gives something; the deadline is generous, because it is no measurement."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if (value := done()) not in (None, False):
+            return value
+        time.sleep(0.0005)
+    pytest.fail(f"{what}: not within {TIMEOUT_S:g} s")
+
+
+def received(end: Any) -> tuple[bytes, list[Any]]:
+    found: tuple[bytes, list[Any]] = until(end.receive, "a message")
+    return found
+
+
+def sent(end: Any, peer: bytes, frames: list[Any], hold: int = 0) -> None:
+    """Send, with patience where the queue is full."""
+    until(lambda: end.send(peer, frames, hold) == "", "room in the queue")
+
+
+# All transports
+
+
+def test_both_ways_whole_and_in_order(wires: Wires) -> None:
+    dialer, peer = wires.met()
+    for number in range(300):
+        sent(dialer, SERVER, [b"up %d" % number, b"x" * (number + 1)])
+        sent(wires.listener, peer, [b"down %d" % number])
+        if number % 40 == 39:
+            for back in range(number - 39, number + 1):
+                name, frames = received(wires.listener)
+                assert name == peer
+                assert [bytes(frame) for frame in frames] == [b"up %d" % back, b"x" * (back + 1)]
+                name, frames = received(dialer)
+                assert name == SERVER
+                assert [bytes(frame) for frame in frames] == [b"down %d" % back]
+
+
+@pytest.mark.parametrize("size", [1, 100, 128 * 1024, 128 * 1024 + 1, MEGABYTE, PAYLOAD_BYTES])
+def test_payloads_of_any_size_arrive_as_they_are(wires: Wires, size: int) -> None:
+    dialer, peer = wires.met()
+    payload = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    for source, target, name in ((dialer, wires.listener, SERVER), (wires.listener, dialer, peer)):
+        assert source.send(name, [b"header", memoryview(payload)], hold=5) == ""
+        _, frames = received(target)
+        assert [bytes(frame) for frame in frames] == [b"header", payload.tobytes()]
+
+
+def test_empty_payload_is_no_trouble(wires: Wires) -> None:
+    dialer, peer = wires.met()
+    for source, target, name in ((dialer, wires.listener, SERVER), (wires.listener, dialer, peer)):
+        assert source.send(name, [b"header", b""]) == ""
+        _, frames = received(target)
+        assert bytes(frames[0]) == b"header"
+        assert all(len(frame) == 0 for frame in frames[1:])
+
+
+def test_many_peers_are_told_apart(wires: Wires) -> None:
+    dialers = [wires.dial() for _ in range(60)]
+    for number, dialer in enumerate(dialers):
+        assert dialer.send(SERVER, [b"%d" % number]) == ""
+    names = {}
+    for _ in dialers:
+        peer, frames = received(wires.listener)
+        names[int(bytes(frames[0]))] = peer
+    assert len(set(names.values())) == len(dialers)
+    for number, peer in names.items():
+        assert wires.listener.send(peer, [b"for %d" % number]) == ""
+    for number, dialer in enumerate(dialers):
+        assert bytes(received(dialer)[1][0]) == b"for %d" % number
+        assert dialer.receive() is None
+
+
+def test_name_is_new_for_each_connection(wires: Wires) -> None:
+    names = []
+    for _ in range(3):
+        dialer, peer = wires.met()
+        dialer.close()
+        names.append(peer)
+    assert len(set(names)) == 3
+
+
+def test_unknown_peer_is_a_reason_and_not_an_exception(wires: Wires) -> None:
+    assert "gone" in wires.listener.send(b"nobody", [b"x"])
+    dialer, peer = wires.met()
+    dialer.close()
+    reason = until(lambda: wires.listener.send(peer, [b"x"]) or None, "word that the peer is gone")
+    assert "gone" in reason
+
+
+def test_queue_is_bounded_and_says_so(wires: Wires) -> None:
+    """Nobody reads at the other end."""
+    dialer, peer = wires.met()
+    for end, name in ((wires.listener, peer), (dialer, SERVER)):
+        payload, reason, count = bytes(MEGABYTE if wires.kind != "memory" else 10), "", 0
+        while not reason:
+            reason = end.send(name, [b"x", payload])
+            count += 1
+            assert count < 10_000, "grows without end"
+        assert "read" in reason
+        assert count > 16, "room for two windows of a session"
+
+
+def test_each_hold_is_released_once_for_each_send(wires: Wires) -> None:
+    dialer, peer = wires.met()
+    payload = memoryview(bytearray(MEGABYTE))
+    holds = [1, 1, 1, 2, 3, 3]
+    for hold in holds:
+        sent(wires.listener, peer, [b"x", payload], hold)
+    sent(wires.listener, peer, [b"small", b"y"], 4)
+    sent(wires.listener, peer, [b"none"], 5)
+    sent(wires.listener, peer, [b"without", payload])
+    released: list[int] = []
+
+    def all_released() -> bool:
+        dialer.receive()
+        released.extend(wires.listener.released())
+        return len(released) >= len(holds) + 2
+
+    until(all_released, "the release of every hold")
+    for _ in range(5):
+        dialer.receive()
+        released.extend(wires.listener.released())
+    assert sorted(released) == [*holds, 4, 5]
+
+
+def test_hold_of_a_peer_that_went_is_released_too(wires: Wires) -> None:
+    """Or else its buffer would be lost for ever."""
+    dialer, peer = wires.met()
+    payload = memoryview(bytearray(MEGABYTE))
+    taken = 0
+    for _ in range(30):
+        taken += wires.listener.send(peer, [b"x", payload], 7) == ""
+    assert taken
+    dialer.close()
+    released: list[int] = []
+
+    def all_released() -> bool:
+        wires.listener.receive()  # as whoever waits for a release does: it lets the socket notice
+        released.extend(wires.listener.released())
+        return len(released) == taken
+
+    until(all_released, "the release of every hold")
+
+
+def test_what_was_refused_holds_nothing(wires: Wires) -> None:
+    assert wires.listener.send(b"nobody", [b"x", bytes(MEGABYTE)], 9)
+    assert wires.listener.released() == []
+
+
+def test_close_twice_and_with_much_queued_returns_at_once(wires: Wires) -> None:
+    dialer, peer = wires.met()
+    for _ in range(40):
+        dialer.send(SERVER, [b"x", bytes(MEGABYTE)])
+        wires.listener.send(peer, [b"x", bytes(MEGABYTE)], 3)
+    started = time.monotonic()
+    for end in (dialer, wires.listener):
+        end.close()
+        end.close()
+    assert time.monotonic() - started < 2.0
+
+
+def test_nothing_arrives_twice_and_nothing_after_the_end(wires: Wires) -> None:
+    dialer, peer = wires.met()
+    assert dialer.receive() is None
+    assert wires.listener.receive() is None
+    wires.listener.send(peer, [b"one"])
+    assert bytes(received(dialer)[1][0]) == b"one"
+    assert dialer.receive() is None
+
+
+# Sockets
+
+
+def test_address_is_where_others_reach_it(sockets: Wires) -> None:
+    assert sockets.listener.address.startswith(f"{sockets.kind}://")
+    assert not sockets.listener.address.endswith((":0", ":*"))
+    dialer, _ = sockets.met()
+    assert dialer.address == sockets.listener.address
+
+
+def test_several_addresses_at_once(tmp_path: Path) -> None:
+    listener = transports.listen(["tcp://127.0.0.1:0", f"ipc://{tmp_path}/s"])
+    ends = [transports.dial(listener.address), transports.dial(f"ipc://{tmp_path}/s")]
+    for end in ends:
+        end.send(SERVER, [b"hello"])
+    assert len({received(listener)[0] for _ in ends}) == 2
+    for end in (*ends, listener):
+        end.close()
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05, 0.3])
+def test_after_a_pause_the_next_message_wakes_the_reader(sockets: Wires, pause_s: float) -> None:
+    """Burst, idle, burst: the descriptor is edge-triggered, and an edge that is missed would never come again."""
+    dialer, peer = sockets.met()
+    wake = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        for burst in (5, 1, 40, 1):
+            for number in range(burst):
+                sent(sockets.listener, peer, [b"%d" % number])
+            got = 0
+            deadline = time.monotonic() + TIMEOUT_S
+            while got < burst:
+                assert time.monotonic() < deadline, f"woke up for {got} of {burst}"
+                dialer.wait(TIMEOUT_S, also=wake)
+                while dialer.receive() is not None:
+                    got += 1
+            time.sleep(pause_s)
+    finally:
+        os.close(wake)
+
+
+def test_waiting_ends_by_a_wake_up_a_loss_or_the_time(sockets: Wires) -> None:
+    dialer, _ = sockets.met()
+    wake = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        started = time.monotonic()
+        dialer.wait(0.05, also=wake)
+        assert time.monotonic() - started >= 0.045
+        os.eventfd_write(wake, 1)
+        started = time.monotonic()
+        dialer.wait(TIMEOUT_S, also=wake)
+        assert time.monotonic() - started < TIMEOUT_S / 2
+        os.eventfd_read(wake)
+        assert not dialer.lost()
+        sockets.listener.close()
+        until(lambda: dialer.wait(0.1, also=wake) or dialer.lost(), "word of the loss")
+        assert not dialer.lost(), "once"
+    finally:
+        os.close(wake)
+
+
+def test_round_trips_are_quick_also_after_idling(sockets: Wires) -> None:
+    dialer, peer = sockets.met()
+    best = []
+    for _ in range(3):
+        time.sleep(0.05)
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            dialer.send(SERVER, [b"ping"])
+            until_received = received(sockets.listener)
+            sockets.listener.send(until_received[0], [b"pong"])
+            received(dialer)
+            times.append(time.perf_counter() - started)
+        best.append(min(times))
+    assert max(best) < 0.1, "a round trip on one machine"
+    assert peer
+
+
+def test_message_beyond_the_limit_is_never_delivered(sockets: Wires) -> None:
+    dialer, _ = sockets.met()
+    dialer.send(SERVER, [b"too large", bytes(PAYLOAD_BYTES + 1)])
+    other, peer = sockets.dial(), b""
+    other.send(SERVER, [b"fits"])
+    while not peer:
+        name, frames = received(sockets.listener)
+        assert bytes(frames[0]) == b"fits", "nothing of the other"
+        peer = name
+    assert sockets.listener.receive() is None
+
+
+def test_port_in_use_says_so() -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    try:
+        with pytest.raises(NetworkError, match="already") as caught:
+            transports.listen([f"tcp://127.0.0.1:{taken.getsockname()[1]}"])
+        assert caught.value.fix
+    finally:
+        taken.close()
+
+
+def test_second_listener_on_a_live_ipc_path_is_refused(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s"
+    first = transports.listen([address])
+    with pytest.raises(NetworkError, match="already"):
+        transports.listen([address])
+    dialer = transports.dial(address)
+    dialer.send(SERVER, [b"still here"])
+    assert bytes(received(first)[1][0]) == b"still here"
+    dialer.close()
+    first.close()
+
+
+def test_ipc_file_of_a_dead_server_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    assert path.is_socket()
+    listener = transports.listen([f"ipc://{path}"])
+    dialer = transports.dial(f"ipc://{path}")
+    dialer.send(SERVER, [b"hello"])
+    assert bytes(received(listener)[1][0]) == b"hello"
+    dialer.close()
+    listener.close()
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp://", "tcp://127.0.0.1", "http://x:1"])
+def test_bad_address_is_a_network_error_both_ways(address: str) -> None:
+    for open_ in (transports.dial, lambda a: transports.listen([a])):
+        with pytest.raises(NetworkError) as caught:
+            open_(address)
+        assert address in caught.value.sentence
+        assert caught.value.fix
+
+
+def test_second_address_that_fails_leaves_nothing_bound(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError):
+        transports.listen([f"ipc://{tmp_path}/s", "tcp://203.0.113.1:1"])
+    transports.listen([f"ipc://{tmp_path}/s"]).close()
+
+
+def test_dialing_nobody_is_silence_and_bounded() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    end = transports.dial(f"tcp://127.0.0.1:{port}")
+    count = 0
+    while not (reason := end.send(SERVER, [b"anybody?"])):
+        count += 1
+        assert count < 10_000
+    assert reason
+    assert end.receive() is None
+    end.close()

@@ -1,0 +1,145 @@
+"""Laws of the plan: blocks and chunks cover everything once, and what is cut up is put together again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import chunks, codecs
+from common.chunks import ALIGNMENT_BYTES, CHUNK_BYTES, plan
+from common.codecs.base import BLOCK_ELEMENTS, F32
+from common.errors import CodecError
+from common.layout import Layout, Tensor
+from common.wire import PAYLOAD_BYTES
+
+every_codec = pytest.mark.parametrize("codec", codecs.names())
+
+
+def layout_of(body: int, dense: int, buffers: int) -> Layout:
+    """A layout with that many elements of each kind; bodies of two dimensions."""
+    tensors = []
+    if body:
+        tensors.append(Tensor("body", (body, 1024), "float32", "parameter"))
+    if dense:
+        tensors.append(Tensor("dense", (dense,), "float32", "parameter"))
+    if buffers:
+        tensors.append(Tensor("buffer", (buffers,), "float32", "buffer"))
+    return Layout(tuple(tensors))
+
+
+layouts = st.builds(
+    layout_of,
+    st.sampled_from([0, 1, 63, 64, 65, 300, 2000]),
+    st.sampled_from([1, 2, 3, 7, 1000, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, 300_001]),
+    st.sampled_from([0, 1, 5, BLOCK_ELEMENTS + 3]),
+)
+
+
+@every_codec
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(layout=layouts)
+def test_blocks_cover_the_vector_and_chunks_the_bytes(codec: str, layout: Layout) -> None:
+    made = plan(layout, codec)
+    element = offset = 0
+    for block in made.blocks:
+        assert block.first == element < block.last <= element + BLOCK_ELEMENTS
+        assert block.offset == offset
+        assert block.offset % ALIGNMENT_BYTES == 0
+        assert 0 <= block.size - block.codec.encoded_bytes(block.last - block.first) < ALIGNMENT_BYTES
+        element, offset = block.last, block.offset + block.size
+    assert element == made.elements == layout.elements
+    assert offset == made.bytes
+    index = offset = 0
+    for chunk in made.chunks:
+        assert chunk.first == index < chunk.last
+        assert chunk.offset == offset == made.blocks[chunk.first].offset
+        assert chunk.size == sum(block.size for block in made.blocks[chunk.first : chunk.last])
+        assert 0 < chunk.size <= CHUNK_BYTES <= PAYLOAD_BYTES
+        index, offset = chunk.last, offset + chunk.size
+    assert index == len(made.blocks)
+    assert offset == made.bytes
+    for one, two in zip(made.chunks, made.chunks[1:], strict=False):
+        assert one.size + made.blocks[two.first].size > CHUNK_BYTES, "no more chunks than needed"
+
+
+@every_codec
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(layout=layouts)
+def test_sections_have_their_codecs(codec: str, layout: Layout) -> None:
+    made = plan(layout, codec)
+    for index, block in enumerate(made.blocks):
+        if block.last <= layout.body:
+            expected = codec
+        elif block.last <= layout.parameters:
+            expected = codecs.load(codec).dense
+            assert block.first >= layout.body
+        else:
+            expected = "fp32"
+            assert block.first >= layout.parameters
+        assert block.codec.name == expected
+        assert (index < made.parameter_blocks) == (block.last <= layout.parameters)
+
+
+def test_plans_of_all_codecs_cut_the_same_blocks() -> None:
+    """So that an update in one codec is answered in another, block by block."""
+    layout = layout_of(300, 70_001, 9)
+    cuts = {tuple((block.first, block.last) for block in plan(layout, codec).blocks) for codec in codecs.names()}
+    assert len(cuts) == 1
+    assert plan(layout, "fp32") == plan(layout, "fp32")
+
+
+def values(elements: int) -> F32:
+    return np.random.default_rng(elements).normal(size=elements).astype(np.float32)
+
+
+@every_codec
+def test_in_pieces_is_as_in_one(codec: str) -> None:
+    """Any ranges, in any order: the same bytes, the same values, and buffers exact."""
+    layout = layout_of(200, 70_001, 9)
+    made, x = plan(layout, codec), values(layout.elements)
+    whole = np.full(made.bytes, 0xAA, np.uint8)
+    made.encode(x, whole)
+    pieces = np.full(made.bytes, 0x55, np.uint8)
+    for index in reversed(range(len(made.blocks))):
+        made.encode(x, pieces, index, index + 1)
+    assert pieces.tobytes() == whole.tobytes(), "padding is written too"
+    for chunk in made.chunks:
+        made.check(whole, chunk)
+    one, two = np.full(layout.elements, np.nan, np.float32), np.full(layout.elements, np.nan, np.float32)
+    made.decode(whole, one)
+    for index in reversed(range(len(made.blocks))):
+        made.decode(whole, two, index, index + 1)
+    assert one.tobytes() == two.tobytes()
+    assert one[layout.parameters :].tobytes() == x[layout.parameters :].tobytes()
+    if codec == "fp32":
+        assert one.tobytes() == x.tobytes()
+
+
+@every_codec
+def test_each_block_is_checked(codec: str) -> None:
+    layout = layout_of(200, 70_001, 9)
+    made, x = plan(layout, codec), values(layout.elements)
+    for block in made.blocks:
+        bad = x.copy()
+        bad[block.last - 1] = np.nan
+        with pytest.raises(CodecError):
+            made.encode(bad, np.zeros(made.bytes, np.uint8))
+    data = np.zeros(made.bytes, np.uint8)
+    made.encode(x, data)
+    for index, block in enumerate(made.blocks):
+        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+        chunk = next(c for c in made.chunks if c.first <= index < c.last)
+        for place in range(end, block.offset + block.size):
+            data[place] = 1
+            with pytest.raises(CodecError, match="padding"):
+                made.check(data, chunk)
+            data[place] = 0
+        made.check(data, chunk)
+
+
+def test_whole_blocks_to_a_megabyte() -> None:
+    assert chunks.CHUNK_BYTES == 1 << 20
+    made = plan(layout_of(1024, 1, 0), "fp32")
+    assert [chunk.size for chunk in made.chunks] == [1 << 20] * 4 + [8]
