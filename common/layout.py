@@ -127,7 +127,11 @@ def order(tensor: Tensor) -> int:
 
 
 def _tensor(row: Any) -> Tensor:
+    if type(row) is not list:
+        raise TypeError("row")
     name, shape, dtype, kind, aliases = row
+    if type(shape) is not list or type(aliases) is not list:
+        raise TypeError("shape or aliases")
     plain = [name, dtype, kind, *aliases]
     if not all(type(text) is str and len(text) <= 1024 for text in plain) or kind not in (
         "parameter",

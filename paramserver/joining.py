@@ -27,6 +27,8 @@ from paramserver.snapshots import Snapshots
 from paramserver.state import Hosted, Outbox, ServerState
 from paramserver.uplink import Uplink
 
+NAME_CHARACTERS = 64
+"""More of a worker's name is not kept."""
 SUFFIX = "#"
 """Set between a worker's own name and a number, where a live worker has that name already."""
 
@@ -187,7 +189,7 @@ class Joining:
         session = Session(
             token=f"{state.epoch}.{self._token()}",
             instance=hello.instance,
-            worker=self._free_name(hello.worker or "worker"),
+            worker=self._free_name(hello.worker[:NAME_CHARACTERS] or "worker"),
             role=hello.role,
             peer=peer,
             connection=state.next_connection(),

@@ -77,8 +77,9 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
 def encode(values: dict[str, Any]) -> bytes:
     """As JSON within one payload."""
     data = json.dumps(values, allow_nan=False).encode()
-    while len(data) > LIMIT_BYTES:
-        values["workers"] = values["workers"][: len(values["workers"]) // 2]
+    while len(data) > LIMIT_BYTES and (values["workers"] or values["waiting_for"]):
+        for rows in ("workers", "waiting_for"):
+            values[rows] = values[rows][: len(values[rows]) // 2]
         data = json.dumps(values, allow_nan=False).encode()
     return data
 

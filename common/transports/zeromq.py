@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ WINDOW_CHUNKS = 64
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
 HANDSHAKE_MS = 2_000
 BACKLOG = 1024
+_ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
 class ZeroMQEndpoint:
@@ -134,15 +136,15 @@ def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] 
     _limit(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
-    bound = []
+    bound: list[str] = []
     for address in addresses:
         try:
             _refuse_live_ipc(address)
             socket.setsockopt(zmq.IPV6, int("[" in address))
-            socket.bind(
-                address.replace(":0", ":*") if address.startswith("tcp://") and address.endswith(":0") else address
-            )
+            socket.bind(_ANY_PORT.sub(r"\1:*", address))
         except zmq.ZMQError as error:
+            for earlier in bound:  # closing alone frees them only some time later
+                socket.unbind(earlier)
             socket.close(linger=0)
             raise _cannot_bind(address, error) from None
         bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))

@@ -635,9 +635,9 @@ def test_slots_are_given_in_order_of_arrival_and_none_is_lost() -> None:
                 assert ack.outcome == "applied"
                 hand.more(ack.reply.id)
         if served < len(hands):
-            assert [g.decision for g in hands[served].heard(Grant)] == ["go"]
+            assert [g.decision for g in hands[served].heard(Grant)][-1] == "go"
         for later in hands[served + 1 :]:
-            assert not later.heard(Grant)
+            assert {g.decision for g in later.heard(Grant)} <= {"wait"}, "each beat is told that it has its place"
         served += 1
     assert slots.slots.taken == 0
     assert center(desk) == {3.0}

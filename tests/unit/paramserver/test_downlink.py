@@ -30,6 +30,7 @@ class Out:
             V,
             (session, connection, b"peer"),
             self.back,
+            now=0.0,
         )
         offer = wire.decode(self.first.frames)
         assert isinstance(offer, Offer)
@@ -75,14 +76,14 @@ def test_whatever_happens_the_buffer_comes_back_once_and_not_while_it_is_read(st
                 cancelled = True
                 downlink.cancel("s")
             case "foreign":
-                assert downlink.more(out.reply.id, "thief", 1, 9) == []
+                assert downlink.more(out.reply.id, "thief", 1, 9, 0.0) == []
             case "old":
-                assert downlink.more(out.reply.id, "s", 0, 9) == []
+                assert downlink.more(out.reply.id, "s", 0, 9, 0.0) == []
             case "other":
                 downlink.cancel("another session")
-                assert downlink.more(out.reply.id + 1, "s", 1, 9) == []
+                assert downlink.more(out.reply.id + 1, "s", 1, 9, 0.0) == []
             case int():
-                sends = downlink.more(out.reply.id, "s", 1, step)
+                sends = downlink.more(out.reply.id, "s", 1, step, 0.0)
                 until = until if cancelled else max(until, step)
         for send in sends:
             chunk = wire.decode(send.frames)
