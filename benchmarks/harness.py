@@ -29,6 +29,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import typer
@@ -247,10 +248,13 @@ def _cpu() -> str:
 
 
 class Link:
-    """A child's end of the line to the benchmark."""
+    """A child's end of the line to the benchmark. When the benchmark is gone, so is the child, soon."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
+        self._requests: SimpleQueue[str | None] = SimpleQueue()
+        self._serves = False
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def answer(self, value: Any) -> None:
         """Say `value`, whatever plain data it is."""
@@ -263,23 +267,21 @@ class Link:
 
     def requests(self) -> Iterator[str]:
         """What the benchmark asks for, until it has had enough or is gone."""
-        try:
+        return iter(self._requests.get, None)
+
+    def serve(self) -> None:
+        """From now on this process listens to others, and SIGTERM will end it."""
+        self._serves = True
+
+    def _listen(self) -> None:
+        with suppress(EOFError, ConnectionError):
             while True:
-                yield self._line.recv()
-        except (EOFError, ConnectionError):
-            return
-
-    def end_with_the_benchmark(self) -> None:
-        """For a process that listens to others: SIGTERM to itself when the benchmark is gone."""
-
-        def watch() -> None:
-            for _ in self.requests():
-                pass
+                self._requests.put(self._line.recv())
+        self._requests.put(None)
+        if self._serves:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(END_LIMIT_S)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+        time.sleep(END_LIMIT_S)
+        os._exit(1)
 
 
 class Child:
@@ -325,14 +327,14 @@ def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[C
             process.start()
         there.close()
         yield Child(name, process, here)
+        here.close()
+        process.join(END_LIMIT_S)
     finally:
         here.close()
-        if process.pid is not None:
-            process.join(END_LIMIT_S)  # it has heard that the line is closed
-            for end in (process.terminate, process.kill):
-                if process.exitcode is None:
-                    end()
-                    process.join(END_LIMIT_S)
+        for end in (process.terminate, process.kill):
+            if process.is_alive():
+                end()
+                process.join(END_LIMIT_S)
 
 
 @contextmanager

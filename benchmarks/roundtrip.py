@@ -115,17 +115,15 @@ def _serve(link: Link, bind: str) -> None:
         if level != "info":
             print(f"server: {sentence}", file=sys.stderr)
 
-    link.end_with_the_benchmark()
+    link.serve()
     settings = ServerSettings(bind=(bind,), rule=RULE, codec=CODEC, reply_codec=CODEC, drain_s=1.0)
     Daemon(settings, announce, link.answer).run()
 
 
 def _work(link: Link, elements: int) -> None:
-    for address in link.requests():
-        _work_at(address, link, elements)
-
-
-def _work_at(address: str, link: Link, elements: int) -> None:
+    address = next(link.requests(), None)
+    if address is None:  # the benchmark is gone before it began
+        return
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     layout = Layout((Tensor("weight", (1, elements), "float32", "parameter"),))
     core = WorkerCore(
@@ -220,7 +218,7 @@ def _join_rpc(name: str, rank: int, meeting: str) -> None:
 
 def _rpc_server(link: Link, meeting: str, elements: int) -> None:
     global _center
-    link.end_with_the_benchmark()
+    link.serve()
     _center = torch.full((elements,), START)
     _join_rpc("server", 0, meeting)
     while True:
@@ -248,7 +246,7 @@ def _join_gloo(rank: int, meeting: str) -> None:
 
 def _gloo_server(link: Link, meeting: str, elements: int) -> None:
     """Sends back what it receives."""
-    link.end_with_the_benchmark()
+    link.serve()
     _join_gloo(0, meeting)
     buffer = torch.zeros(elements)
     while True:

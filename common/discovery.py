@@ -7,6 +7,7 @@ A file that does not start with an underscore and is not a shared helper offers 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Collection
@@ -15,14 +16,15 @@ from typing import Any
 from common.errors import ConfigError
 
 
-def names(package: str, *, helpers: Collection[str]) -> tuple[str, ...]:
+@functools.cache
+def names(package: str, *, helpers: tuple[str, ...]) -> tuple[str, ...]:
     """Names of all algorithms in `package`, sorted; `helpers` are its modules that hold none."""
     path = importlib.import_module(package).__path__
     found = (module.name for module in pkgutil.iter_modules(path))
     return tuple(sorted(name for name in found if name not in helpers and not name.startswith("_")))
 
 
-def load(package: str, name: str, *, attribute: str, kind: str, helpers: Collection[str]) -> Any:
+def load(package: str, name: str, *, attribute: str, kind: str, helpers: tuple[str, ...]) -> Any:
     """The value `attribute` of the module `package.name`; an unknown name lists the nearest and all there are."""
     known = names(package, helpers=helpers)
     if name not in known:

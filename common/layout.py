@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from common.errors import Code, PeerError
 
@@ -27,6 +27,7 @@ DENSE_BYTES = 4096
 """Parameters smaller than this, or with one dimension, are never quantised."""
 TENSORS = 100_000
 DIMENSIONS = 8
+NAME_CHARACTERS = 1024
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """Names of the types that parameters and float buffers may have."""
 
@@ -108,8 +109,9 @@ class Layout(NamedTuple):
         if len(tensors) > TENSORS:
             raise PeerError(Code.LIMIT, f"The model has over {TENSORS} tensors.")
         layout = cls(tensors)
-        if list(tensors) != sorted(tensors, key=order) or layout.parameters == 0:
-            raise PeerError(Code.MALFORMED, "The layout has no parameters, or they are not in order.")
+        names = {tensor.name for tensor in tensors}
+        if list(tensors) != sorted(tensors, key=order) or layout.parameters == 0 or len(names) < len(tensors):
+            raise PeerError(Code.MALFORMED, "The layout has no parameters, or not in order, or one twice.")
         if layout.elements > elements_limit:
             raise PeerError(
                 Code.LIMIT,
@@ -133,11 +135,7 @@ def _tensor(row: Any) -> Tensor:
     if type(shape) is not list or type(aliases) is not list:
         raise TypeError("shape or aliases")
     plain = [name, dtype, kind, *aliases]
-    if not all(type(text) is str and len(text) <= 1024 for text in plain) or kind not in (
-        "parameter",
-        "buffer",
-        "local",
-    ):
+    if not all(type(text) is str and len(text) <= NAME_CHARACTERS for text in plain) or kind not in get_args(Kind):
         raise ValueError("names")
     if kind != "local" and dtype not in DTYPES:
         raise ValueError("dtype")

@@ -60,9 +60,9 @@ def decode(frames: Sequence[Buffer]) -> Message:
     header = _unpack(frames[0])
     protocol = header.pop("protocol", None)
     if type(protocol) is not int or protocol != PROTOCOL:
-        theirs = f"version {protocol}" if type(protocol) is int else "none"
-        sentence = f"The peer speaks protocol {theirs}, this side version {PROTOCOL}: install the same paramserver on both."
-        raise WireError(sentence, code=Code.PROTOCOL_VERSION)
+        theirs = f"version {protocol}" if type(protocol) is int else "no version"
+        sentence = f"The peer speaks {theirs} of the protocol, this side version {PROTOCOL}."
+        raise WireError(f"{sentence} Install the same paramserver on both sides.", code=Code.PROTOCOL_VERSION)
     kind = _KINDS.get(str(header.pop("type", "")))
     if kind is None:
         raise WireError("The header names no type of message that exists.")

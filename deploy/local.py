@@ -52,6 +52,7 @@ from common.errors import (
     StateError,
 )
 from deploy import report
+from paramserver.checkpoint import Directory
 from worker import loop, observer, tasks
 from worker.tasks import Context, Task
 
@@ -215,7 +216,8 @@ class Child:
             environ["OMP_NUM_THREADS"] = str(threads)
         # -P: a folder of the user's that is called `worker` or `common` must not be taken for ours
         command = [sys.executable, "-P", "-m", "deploy", *words, f"--die-with-parent={os.getpid()}"]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
+            self._said = log.tell()
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
             )
@@ -240,7 +242,7 @@ class Child:
     def last_lines(self) -> str:
         """What it said last, indented: the error that ended it, if it named one."""
         with self.log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            log.seek(max(self._said, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()[-LAST_LINES:]
         errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
         return "\n".join(f"    {line}" for line in lines[errors[-1] if errors else 0 :]) or "    (nothing)"
@@ -419,7 +421,8 @@ class Run:
         finally:
             for child in (*others, *server):
                 child.kill()
-            self._ready_file.unlink(missing_ok=True)
+            if self._server is not None:
+                self._ready_file.unlink(missing_ok=True)
         saved = self._server is not None and self._server.code == 0 and self.status.get("updates")
         if saved and isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._say("info", f"What was trained is saved; go on with --directory {self._plan.directory}")
@@ -431,15 +434,11 @@ class Run:
     # The server
 
     def start_server(self) -> None:
-        """Start it and learn where it listens; raises what ended it."""
+        """Start it and learn where it listens; raises what ended it, and StateError for a directory it cannot have."""
         directory = self._plan.directory
-        try:
-            (directory / "logs").mkdir(parents=True, exist_ok=True)
-            self._ready_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise StateError(
-                f"{directory} cannot be used: {error.strerror}.", fix="Choose another --directory."
-            ) from None
+        Directory.open(directory).close()  # is it ours to use?
+        (directory / "logs").mkdir(exist_ok=True)
+        self._ready_file.unlink(missing_ok=True)
         words = ["serve", f"--ready-file={self._ready_file}", *words_of(self._plan.server.settings)]
         self._server = server = Child("server", words, directory)
         deadline = time.monotonic() + START_S

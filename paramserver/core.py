@@ -267,6 +267,8 @@ class ServerCore:
             session.last_progress = self.state.now
         self.out.tell(session, Beat(session.token, session.connection, session.progress_steps))
         self.uplink.reassure(session)
+        if session.waits_for_init:
+            self.joining.welcome(session)
 
     def _unsendable(self, peer: bytes, reason: str) -> None:
         """Whoever cannot be written to must dial again; the lease goes on."""

@@ -21,7 +21,6 @@ from paramserver.shard import Shard
 from paramserver.slots import Slots
 from paramserver.snapshots import Snapshots
 
-
 CONNECTION_BITS = 32
 
 

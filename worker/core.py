@@ -231,6 +231,8 @@ class WorkerCore:
         self._downloads: dict[int, Download] = {}
         self._wanted: list[Literal["anchor", "evaluate"]] = []
         """Pulls not answered yet."""
+        self._unseen_anchor: Version | None = None
+        """Version of an anchor that was delivered; until a push starts from it, the trainer may not have seen it."""
         self._steps = 0
         self._attempts = 0
         self._away_told = False
@@ -307,7 +309,7 @@ class WorkerCore:
     @property
     def _expecting(self) -> bool:
         """Whether anything was asked for that has not come."""
-        return self._upload is not None or bool(self._wanted) or bool(self._downloads)
+        return self.phase == "waiting" or self._upload is not None or bool(self._wanted) or bool(self._downloads)
 
     @property
     def _beat_s(self) -> float:
@@ -361,6 +363,7 @@ class WorkerCore:
 
     def _welcome(self, welcome: Welcome) -> None:
         m = self.membership
+        self._last_answer = self._now
         first_of_connection = (welcome.session, welcome.connection) != (m.token, m.connection)
         if not first_of_connection and m.welcome is not None and m.welcome.init in (welcome.init, "have"):
             return  # said before, or overtaken by newer news
@@ -434,10 +437,11 @@ class WorkerCore:
         assert self._upload is None, "one push at a time"
         m = self.membership
         m.last_number += 1
-        if not m.anchored:
-            # the session was lost meanwhile, and this update starts from an anchor that is no more
+        if not m.anchored or self._unseen_anchor not in (None, base):
+            # the session was lost meanwhile: this update starts from an anchor that is no more
             self._deliver(Orphaned(m.last_number, pushed=False))
             return
+        self._unseen_anchor = None
         codec = str(cast(Welcome, m.welcome).settings["codec"])
         self._upload = Upload("push", m.last_number, data, self.plan(codec), scalars, base)
         if self.phase == "joined":
@@ -561,6 +565,7 @@ class WorkerCore:
         self._wanted.remove(download.purpose)
         if download.purpose == "anchor":
             m.anchored = m.trained = True
+            self._unseen_anchor = version
             m.merged = download.reply.id
         self._deliver(Fetched(download.purpose, version, download.data))
         if download.purpose == "anchor" and self._upload is not None:

@@ -37,6 +37,7 @@ from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
 from common.messages import NOWHERE, Optimizer, Scalars, Version
+from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.core import PullWanted, PushWanted, WorkerCore
 from worker.driver import Driver
@@ -128,6 +129,8 @@ class Session:
         self._model = model
         self._optimizer = optimizer
         self._layout = layout_of(model)
+        if len(self._layout.describe()) > PAYLOAD_BYTES:
+            raise UsageError(f"The model has {len(self._layout.tensors):,} tensors; their names do not fit a message.")
         self._binding = Binding(model, self._layout)
         self._parameters = self._layout.parameters
         elements = self._layout.elements
@@ -385,8 +388,13 @@ class Session:
             self._progress = Progress()
             self._binding.gather(self._x)
             start = self._x
+        elif self._in_flight is not None and self._reanchoring:
+            start = self._in_flight.x
         else:
-            start = self._in_flight.x if self._in_flight is not None else self._anchor.copy()
+            # the session was lost unnoticed; a push that crossed this news is orphaned, and is taken back here
+            if self._in_flight is not None:
+                self._progress.add(self._in_flight.progress)
+            start = self._anchor.copy()
         self._merge(news.data, start)
         self._in_flight = None
         self._base = news.base
@@ -394,7 +402,8 @@ class Session:
 
     def _orphaned(self, news: core.Orphaned) -> None:
         """The session was lost under a push: take it back only where it was surely not applied."""
-        assert self._in_flight is not None
+        if self._in_flight is None:
+            return  # taken back already
         self._reanchoring = True
         if news.pushed:
             log.warning("the session was lost; update %d counts as pushed and is not repeated", news.number)

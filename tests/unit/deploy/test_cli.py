@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +18,20 @@ from common import codecs, config, errors, rules
 from common.config import ServerSettings, Settings, WorkerSettings
 from common.errors import Code, ParamserverError, PeerError
 from deploy import cli, local
+from paramserver.checkpoint import Directory
 from worker import tasks
 
 ROOT = Path(__file__).resolve().parents[3]
 LISTS = {"rules": rules.names, "codecs": codecs.names, "tasks": tasks.names}
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Commands that run for long take SIGTERM for themselves."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(*words: str, **environ: str) -> Any:
@@ -199,6 +210,17 @@ def test_launch_refuses_before_anything_is_started(
     assert found.exit_code == 2
     assert "error: " in found.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_launch_leaves_a_directory_alone_that_another_server_has(tmp_path: Path) -> None:
+    (tmp_path / "address").write_text("tcp://127.0.0.1:1")
+    held = Directory.open(tmp_path)
+    try:
+        found = run("launch", "--directory", str(tmp_path))
+    finally:
+        held.close()
+    assert found.exit_code == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["address", "lock"]
 
 
 def test_per_gpu_spreads_workers_over_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:

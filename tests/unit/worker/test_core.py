@@ -333,6 +333,13 @@ def test_lost_pull_is_noticed_although_the_server_answers_beats() -> None:
     assert bench.redials, "waited for ever"
 
 
+def test_lost_word_that_the_weights_are_there_is_noticed_although_the_server_answers_beats() -> None:
+    bench = Bench()
+    bench.hears(bench.welcome(init="wait"))
+    bench.wait(2 * SILENCE_S, echo=True)
+    assert bench.redials, "waited for ever"
+
+
 def test_who_waits_for_nothing_has_no_doubt() -> None:
     bench = joined()
     bench.wait(20 * SILENCE_S, echo=True)
