@@ -578,9 +578,7 @@ class Desk:
         self.layout = layout
         self.settings = ServerSettings.model_validate(settings)
         count = itertools.count(1)
-        self.core = ServerCore(
-            self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(count)}", recovered=recovered
-        )
+        self.core = ServerCore(self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(count)}", recovered=recovered)
         self.now = 100.0
         self.by_itself = by_itself
         """Whether jobs run and buffers are released as soon as they can be."""

@@ -37,12 +37,14 @@ PURE = (
 # Those above must exist. These may be cut anew, and a module whose first line ends in "Pure." is pure without a list.
 PURE_WHERE_PRESENT = (
     *(f"common.{name}" for name in ("buffers", "chunks", "kernels")),
-    *(f"paramserver.{name}" for name in ("budget", "downlink", "intake", "order", "slots", "snapshots")),
+    *(f"paramserver.{name}" for name in ("budget", "downlink", "intake", "memory", "order", "slots", "snapshots")),
+    *(f"paramserver.{name}" for name in ("applying", "durability", "initial", "joining", "pulls", "state", "status")),
+    "paramserver.uplink",
 )
 PURE_PACKAGES = ("common.rules", "common.codecs")
 IMPURE = {"asyncio", "zmq", "socket", "threading", "time", "random", "os", "logging"}
 
-HELPERS_OF_ALGORITHMS = {"common.buffers", "common.discovery", "common.errors", "common.kernels"}  # what a `base` may lean on
+HELPERS_OF_ALGORITHMS = {f"common.{name}" for name in ("buffers", "discovery", "errors", "kernels")}  # of a `base`
 RULE_HELPERS = {"common.rules.base", "common.rules.rounds"}
 CODEC_HELPERS = {"common.codecs.base"}
 

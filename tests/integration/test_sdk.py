@@ -110,11 +110,15 @@ def test_refusals_name_the_cause_and_change_nothing(tmp_path: Path) -> None:
             assert session.exchanges.rejected == 1
             assert all(torch.isfinite(p).all() for p in first.parameters())
             assert server.status()["version"] == before
-            with pytest.raises(UsageError, match="updates in a row could not be pushed"):
+
+            def diverge() -> None:
                 for _ in range(20):
                     with torch.no_grad():
                         first[0].weight[0, 0] = float("inf")  # type: ignore[index]
                     session.step(0.1, samples=1)
+
+            with pytest.raises(UsageError, match="updates in a row could not be pushed"):
+                diverge()
         assert server.status()["version"] == before
 
 

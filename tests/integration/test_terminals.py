@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -30,7 +31,7 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self._screen, program = pty.openpty()
-        fcntl.ioctl(program, termios.TIOCSWINSZ, ROWS.to_bytes(2, sys.byteorder) + COLUMNS.to_bytes(2, sys.byteorder) * 3)
+        fcntl.ioctl(program, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy", *arguments],

@@ -1131,4 +1131,3 @@ def test_window_up_is_kept_open_by_a_half() -> None:
         for more in hand.heard(More):
             assert more.until - (sent + 1) <= 4
             until = more.until
-

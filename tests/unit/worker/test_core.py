@@ -54,9 +54,7 @@ class Bench:
 
     def __init__(self, layout: Layout = SMALL, role: Any = "worker") -> None:
         self.layout = layout
-        self.core = WorkerCore(
-            name="w", instance="i", library="test", layout=layout, optimizer=None, role=role
-        )
+        self.core = WorkerCore(name="w", instance="i", library="test", layout=layout, optimizer=None, role=role)
         self.now = 50.0
         self.redials = 0
         self._told: list[Message] = []
@@ -124,9 +122,7 @@ class Bench:
 
     def anchor(self, version: Version = FIRST, connection: int = 1) -> None:
         """The server's answer to a pull."""
-        self.down(
-            lambda reply, data: Offer("s", connection, "anchor", reply, False, data), version, 100, connection
-        )
+        self.down(lambda reply, data: Offer("s", connection, "anchor", reply, False, data), version, 100, connection)
 
     def ack(self, number: int, version: Version, connection: int = 1, outcome: Any = "applied", code: str = "") -> None:
         def announce(reply: Reply | None, data: bytes) -> Ack:
@@ -377,9 +373,26 @@ def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
         reply, data = bench.reply(Version(1, 1), 300)
         bench.hears(Offer(token, 2, "anchor", reply, False, data))
         bench.told()
-        bench.pushes()
+        bench.pushes(Version(1, 1))
         [push] = bench.told()
         assert push.begin.number == expected
+
+
+def test_push_that_crosses_the_news_of_an_anchor_is_taken_back() -> None:
+    """The trainer pushed before it saw that it goes on from another center."""
+    bench = joined()
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(session="other", connection=2, resumed="new"))
+    reply, data = bench.reply(Version(1, 7), 300)
+    bench.hears(Offer("other", 2, "anchor", reply, False, data))
+    bench.told()
+    bench.news()
+    bench.pushes()
+    [orphaned] = bench.news()
+    assert (type(orphaned), orphaned.pushed) == (worker.Orphaned, False)
+    assert not bench.told((Push, Begin))
+    bench.pushes(Version(1, 7))
+    assert bench.told(Push)
 
 
 def test_trainer_learns_that_it_must_anchor_anew_before_it_pushes_again() -> None:
