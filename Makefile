@@ -1,7 +1,7 @@
 # Everything a clone needs, from Python 3.11 or newer, make and pip. `make` alone lists the verbs.
 
 PYTHON     ?= python3
-DEMO_FLAGS ?= --workers 4 --task digits --rule gem
+DEMO_FLAGS ?= --workers 4 --task digits --rule gem --budget-updates 1200
 TEST_FLAGS ?=
 
 VENV  := .venv

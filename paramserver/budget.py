@@ -18,10 +18,14 @@ class Budget:
     """Training time of earlier lives of the server."""
     started: float | None = None
     """Monotonic seconds when the first center of this life was there."""
+    ended: float | None = None
+    """Monotonic seconds when it was used up: from then on the clock stands still."""
 
     def elapsed_s(self, now: float) -> float:
         """Training time so far, over all lives of the server."""
-        return self.seconds + (now - self.started if self.started is not None else 0.0)
+        if self.started is None:
+            return self.seconds
+        return self.seconds + (now if self.ended is None else self.ended) - self.started
 
     def end(self) -> float | None:
         """When the time is used up (monotonic seconds), or None."""
@@ -30,7 +34,13 @@ class Budget:
         return self.started + self.seconds_limit - self.seconds
 
     def used_up(self, now: float) -> str:
-        """Why training is over, or ''."""
+        """Why training is over, or ''. The first time it is, the clock stops."""
+        reason = self._reason(now)
+        if reason and self.ended is None:
+            self.ended = now
+        return reason
+
+    def _reason(self, now: float) -> str:
         if self.updates_limit is not None and self.updates >= self.updates_limit:
             return f"the budget of {self.updates_limit:,} updates is used up"
         if self.samples_limit is not None and self.samples >= self.samples_limit:

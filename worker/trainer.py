@@ -23,8 +23,9 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -36,7 +37,7 @@ from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
-from common.messages import NOWHERE, Optimizer, Scalars, Version
+from common.messages import NOWHERE, Optimizer, Scalar, Scalars, Version
 from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.core import PullWanted, PushWanted, WorkerCore
@@ -170,6 +171,17 @@ class Session:
     def name(self) -> str:
         """The name this worker goes by on the server."""
         return self._core.membership.worker
+
+    @property
+    def settings(self) -> Mapping[str, Scalar]:
+        """What the server decided and this worker adopted: rule, codecs, local steps, overlap ..."""
+        welcome = self._core.membership.welcome
+        return MappingProxyType(welcome.settings if welcome else {})
+
+    @property
+    def lag_versions(self) -> int:
+        """How far the center had moved, when it was last heard of, since this worker took it."""
+        return self._core.membership.known.version - self._base.version
 
     @property
     def version(self) -> Version:
