@@ -149,8 +149,7 @@ class Applying:
             self._out.tell(session, self.answer(session))
             return
         # finished is told with the Ack of the update that used the budget up
-        if reason := state.budget.used_up(state.now):
-            state.finished = state.finished or reason
+        state.end_if_used_up()
         self._out.add(
             self._downlink.offer(
                 partial(self.answer, session),

@@ -19,7 +19,7 @@ class Budget:
     started: float | None = None
     """Monotonic seconds when the first center of this life was there."""
     ended: float | None = None
-    """Monotonic seconds when it was used up: from then on the clock stands still."""
+    """Monotonic seconds when training was over: from then on the clock stands still."""
 
     def elapsed_s(self, now: float) -> float:
         """Training time so far, over all lives of the server."""
@@ -34,13 +34,7 @@ class Budget:
         return self.started + self.seconds_limit - self.seconds
 
     def used_up(self, now: float) -> str:
-        """Why training is over, or ''. The first time it is, the clock stops."""
-        reason = self._reason(now)
-        if reason and self.ended is None:
-            self.ended = now
-        return reason
-
-    def _reason(self, now: float) -> str:
+        """Why training is over, or ''."""
         if self.updates_limit is not None and self.updates >= self.updates_limit:
             return f"the budget of {self.updates_limit:,} updates is used up"
         if self.samples_limit is not None and self.samples >= self.samples_limit:

@@ -295,8 +295,7 @@ class ServerCore:
         if state.now >= self._sweep_due:
             self._sweep()
         self.initial.ask_next()
-        if state.initialised and not state.finished:
-            state.finished = state.budget.used_up(state.now)
+        state.end_if_used_up()
         if state.finished and not self._goodbye_said:
             self._finish()
         if not state.stopping:

@@ -78,6 +78,12 @@ class ServerState:
         """Live workers."""
         return [session for session in self.sessions.values() if session.member]
 
+    def end_if_used_up(self) -> None:
+        """Training is over once the budget is used up; it never goes on after that."""
+        if self.initialised and not self.finished and (reason := self.budget.used_up(self.now)):
+            self.finished = reason
+            self.budget.ended = self.now
+
     def next_connection(self) -> int:
         """A number for a new connection; unique over all lives of the server, so an old one never fits a new one."""
         self.connections += 1
