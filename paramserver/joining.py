@@ -60,10 +60,12 @@ class Joining:
         session = self._known(hello)
         self._check_fit(hello, joined=session)
         resumed: Literal["new", "live", "record"] = "new"
+        how = "joined"
         if session is None:
             session = self._admit(peer, hello)
         else:
             resumed = "live" if session.live and session.anchored else "record"
+            how = "is back" if session.live else "is back after its lease had ended"
             if not session.live:
                 self._check_room()
             self._reconnect(session, peer)
@@ -75,7 +77,6 @@ class Joining:
         self.welcome(session, resumed, lost)
         self._out.record("join", worker=session.worker, role=session.role, resumed=resumed, lost=list(lost))
         if session.role == "worker":
-            how = {"new": "joined", "live": "is back", "record": "is back after its lease had ended"}[resumed]
             self._out.say("info", f"{session.worker} {how}; {len(state.members)} workers.")
 
     def welcome(

@@ -1,0 +1,143 @@
+"""What a run on this machine is to be, checked: its settings, task, devices and directory. Nothing is started here.
+
+Laws
+* What is wrong with settings or task is said before anything is started, and nothing is written until then.
+* What was not given is filled in, and its origin says so.
+* `words_of` gives a server the very settings of the plan.
+
+Left out: running it (`deploy.local`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import config
+from common.config import Loaded, ServerSettings
+from common.errors import ConfigError
+from worker import tasks
+from worker.tasks import Context, Task
+
+UPDATES_PER_WORKER = 150
+"""Budget where none is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run, checked. `devices`: torch's name of one for each worker."""
+
+    server: Loaded[ServerSettings]
+    task: str
+    devices: tuple[str, ...]
+    threads: int
+    """Of each worker."""
+    directory: Path
+    data: Path | None
+    solo: bool
+    center: Task
+    """To look at the center with."""
+
+    @property
+    def where(self) -> str:
+        """The devices, each once."""
+        return ", ".join(sorted(set(self.devices)))
+
+    @property
+    def seed(self) -> int:
+        """Start of the initial weights, and of the first worker; the others count on from it."""
+        return self.server.settings.seed
+
+    def seed_of(self, number: int) -> int:
+        """Of the worker with that number."""
+        return (self.seed + number) % 2**32
+
+    def task_words(self, number: int) -> list[str]:
+        """Flags of the worker with that number, and of a lone one in its place."""
+        return [
+            f"--task={self.task}",
+            f"--device={self.devices[number]}",
+            f"--seed={self.seed_of(number)}",
+            f"--model-seed={self.seed}",
+            f"--threads={self.threads}",
+            *([f"--data={self.data}"] if self.data else []),
+        ]
+
+
+def make(
+    loaded: Loaded[ServerSettings],
+    *,
+    task: str,
+    workers: int | None = None,
+    per_gpu: int | None = None,
+    data: Path | None = None,
+    solo: bool = True,
+) -> Plan:
+    """Fill in what was not given; raises ConfigError where the task, a device or a setting is not there."""
+    devices = _devices(workers, per_gpu)
+    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    torch.set_num_threads(1)
+    context = Context(0, loaded.settings.seed, "launcher", torch.device(devices[0]), data)
+    center = tasks.load(task).make(context)
+    settings, chosen = loaded.settings, dict[str, Any]()
+    if loaded.origins["bind"] == "default":
+        chosen["bind"] = ("tcp://127.0.0.1:0",)
+    if settings.budget_updates is settings.budget_samples is settings.budget_s is None:
+        chosen["budget_updates"] = UPDATES_PER_WORKER * len(devices)
+    if settings.directory is None:
+        chosen["directory"] = _fresh_directory(f"{settings.rule}-{Path(task.partition('.py')[0]).name}")
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    settings = ServerSettings.model_validate(given | chosen)
+    assert settings.directory is not None
+    server = Loaded(settings, {**loaded.origins, **dict.fromkeys(chosen, "launch")})
+    return Plan(server, task, devices, threads, settings.directory, data, solo, center)
+
+
+def words_of(settings: ServerSettings) -> list[str]:
+    """The flags that give a server these settings."""
+    words = []
+    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
+        flag = config.flag(name)
+        match value:
+            case bool():
+                words.append(flag if value else f"--no-{flag[2:]}")
+            case list():
+                words += [f"{flag}={item}" for item in value]
+            case dict():
+                words += [f"{flag}={key}={item}" for key, item in value.items()]
+            case None:
+                pass
+            case _:
+                words.append(f"{flag}={value}")
+    return words
+
+
+def _devices(workers: int | None, per_gpu: int | None) -> tuple[str, ...]:
+    if per_gpu is None:
+        return ("cpu",) * (4 if workers is None else workers)
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise ConfigError(
+            "--per-gpu needs a CUDA device, and none is visible.",
+            fix="Look at nvidia-smi, CUDA_VISIBLE_DEVICES and torch.version.cuda, or leave --per-gpu out.",
+        )
+    if workers not in (None, per_gpu * gpus):
+        raise ConfigError(
+            f"--per-gpu {per_gpu} makes {per_gpu * gpus} workers on {gpus} devices, not {workers}.",
+            fix="Leave --workers out.",
+        )
+    return tuple(f"cuda:{number % gpus}" for number in range(per_gpu * gpus))
+
+
+def _fresh_directory(name: str) -> Path:
+    first = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    path, count = first, 1
+    while path.exists():
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    return path
