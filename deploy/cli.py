@@ -296,6 +296,11 @@ def tasks(as_json: bool = JSON) -> None:
     _list([{"name": name, "summary": tasks.load(name).summary} for name in tasks.names()], as_json=as_json)
 
 
+def main() -> None:
+    """The program `paramserver`."""
+    app(prog_name="paramserver")
+
+
 # Helpers
 
 
@@ -338,11 +343,6 @@ def _from_elsewhere(address: str) -> str:
     import socket
 
     return address.replace("//0.0.0.0:", f"//{socket.gethostname()}:").replace("//[::]:", f"//{socket.gethostname()}:")
-
-
-def main() -> None:
-    """The program `paramserver`."""
-    app(prog_name="paramserver")
 
 
 if __name__ == "__main__":

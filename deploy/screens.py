@@ -7,7 +7,7 @@
 
 Laws
 * Plain values in, something to print out: nothing is asked of a server here, and no setting is read.
-* Where nobody watches (a pipe, a log) nothing moves, nothing is coloured and nothing is cut.
+* Where nobody watches (a pipe, a log) nothing moves: progress is a line now and then, and tables are wide.
 * A name or a sentence from elsewhere is shown as it is, never read as markup.
 * Neither torch nor settings are imported, so that help stays quick.
 

@@ -101,6 +101,8 @@ class ServerCore:
         self._recovered = recovered
         self._last_event: float | None = None
         self._sweep_due = 0.0
+        self._leaving: dict[str, tuple[str, int]] = {}
+        """Sessions that end as soon as their push is decided: why, and their connection."""
         self._goodbye_said = False
         self._exited = False
 
@@ -294,6 +296,12 @@ class ServerCore:
         state = self.state
         if state.now >= self._sweep_due:
             self._sweep()
+        for token, (reason, connection) in list(self._leaving.items()):
+            session = self.sessions[token]
+            if session.transfer is None or not session.transfer.committed:
+                del self._leaving[token]
+                if session.connection == connection:  # else it has come back meanwhile
+                    self._end(session, reason)
         self.initial.ask_next()
         state.end_if_used_up()
         if state.finished and not self._goodbye_said:
@@ -331,9 +339,9 @@ class ServerCore:
     # Ends
 
     def _end(self, session: Session, reason: str) -> None:
-        """The session becomes a record; where a committed push must be decided first, its lease ends it after that."""
+        """The session becomes a record: at once, or where a committed push must be decided first, after that."""
         if session.transfer is not None and session.transfer.committed:
-            session.lease_end = min(session.lease_end, self.state.now)
+            self._leaving[session.token] = (reason, session.connection)
             return
         self.initial.give_up(session, back_in_line=False)
         self.uplink.drop(session)

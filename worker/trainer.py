@@ -161,7 +161,7 @@ class Session:
         try:
             self._join(connect_timeout_s)
         except BaseException:
-            self._part("could not join", timeout_s=0.0)
+            self._part("could not join", timeout_s=1.0)
             raise
 
     def __repr__(self) -> str:

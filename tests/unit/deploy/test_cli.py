@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from common import codecs, config, errors, rules
 from common.config import ServerSettings, Settings, WorkerSettings
 from common.errors import Code, ParamserverError, PeerError
-from deploy import cli, local
+from deploy import cli, options, plan
 from paramserver.checkpoint import Directory
 from worker import tasks
 
@@ -90,7 +90,7 @@ def test_each_command_has_help(command: str) -> None:
 
 @pytest.mark.parametrize(("command", "model"), [("serve", ServerSettings), ("worker", WorkerSettings)])
 def test_every_setting_is_a_flag(command: str, model: type[Settings]) -> None:
-    flags = {option: one for one in cli._complete(command).params for option in one.opts}
+    flags = {option: one for one in options.complete(command).params for option in one.opts}
     for name, field in model.model_fields.items():
         if name not in ("address", "state_directory"):  # the one is the argument, nothing reads the other yet
             assert str(field.description).partition(";")[0] in flags[config.flag(name)].help
@@ -128,6 +128,13 @@ def test_print_config_is_a_table_for_people() -> None:
     assert line.split()[:4] == ["device", "cuda:1", "flag", "--device"]
 
 
+def test_an_address_given_by_its_place_is_no_flag() -> None:
+    rows = json.loads(run("worker", "tcp://127.0.0.1:1", "--print-config", "--json").stdout)
+    assert {row["name"]: row["origin"] for row in rows}["address"] == "argument ADDRESS"
+    rows = json.loads(run("worker", "--print-config", "--json", PARAMSERVER_ADDRESS="tcp://127.0.0.1:1").stdout)
+    assert {row["name"]: row["origin"] for row in rows}["address"] == "environment PARAMSERVER_ADDRESS"
+
+
 def test_what_launch_passes_on_gives_the_same_settings() -> None:
     given: dict[str, Any] = {
         "bind": ["tcp://127.0.0.1:0"],
@@ -141,7 +148,7 @@ def test_what_launch_passes_on_gives_the_same_settings() -> None:
         "directory": "a b/-c",
     }
     settings = ServerSettings.model_validate(given)
-    found = run("serve", *local.words_of(settings), "--print-config", "--json", PARAMSERVER_LOCAL_STEPS="9")
+    found = run("serve", *plan.words_of(settings), "--print-config", "--json", PARAMSERVER_LOCAL_STEPS="9")
     rows = {row["name"]: row for row in json.loads(found.stdout)}
     loaded = config.Loaded(settings, {})
     assert {name: row["value"] for name, row in rows.items()} == {
@@ -194,10 +201,12 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     assert "fix: " in found.stderr
 
 
-def test_an_address_to_bind_is_none_to_dial() -> None:
-    found = run("worker", "tcp://*:5555")
+@pytest.mark.parametrize(("address", "why"), [("tcp://*:5555", "to bind"), ("nowhere", "(argument ADDRESS)")])
+def test_an_address_that_nobody_can_dial(address: str, why: str) -> None:
+    found = run("worker", address)
     assert found.exit_code == 2
-    assert "to bind" in found.stderr
+    assert why in found.stderr
+    assert "--address" not in found.stderr
 
 
 @pytest.mark.parametrize("words", [("--task", "digit"), ("--task", "no_file.py"), ("--per-gpu", "2")])
@@ -205,7 +214,7 @@ def test_launch_refuses_before_anything_is_started(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 0)
     found = run("launch", *words)
     assert found.exit_code == 2
     assert "error: " in found.stderr
@@ -224,10 +233,10 @@ def test_launch_leaves_a_directory_alone_that_another_server_has(tmp_path: Path)
 
 
 def test_per_gpu_spreads_workers_over_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
-    assert local._devices(None, 2) == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")
+    monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 2)
+    assert plan._devices(None, 2) == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")
     with pytest.raises(errors.ConfigError, match="makes 4 workers on 2 devices"):
-        local._devices(3, 2)
+        plan._devices(3, 2)
 
 
 def test_a_report_that_could_not_be_written_is_refused_at_once(tmp_path: Path) -> None:
