@@ -11,7 +11,7 @@ Laws
 
 A table such as `[rule_settings]` is merged key by key over the layers; any other setting is replaced whole. An empty
 environment variable counts as not given, and so do those that Kubernetes makes for a service named like this program.
-Left out: flags themselves (`deploy.cli` makes them), and finding the file.
+Left out: flags themselves (`deploy.options` makes them), and finding the file.
 """
 
 from __future__ import annotations
@@ -248,7 +248,6 @@ class WorkerSettings(Settings):
     connect_timeout_s: float = Field(
         default=30, gt=0, le=86_400, description="wait at start for a server that is not there yet"
     )
-    state_directory: Path | None = Field(default=None, description="where the worker saves its own state")
 
     @field_validator("address")
     @classmethod
