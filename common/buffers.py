@@ -22,7 +22,7 @@ def zeros(length: int, dtype: DTypeLike) -> NDArray[Any]:
         array = np.empty(length, dtype)
         array.fill(0)
         return array
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, dtype, length)

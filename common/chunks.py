@@ -86,6 +86,15 @@ class Plan(NamedTuple):
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
         block.codec.decode(data[block.offset : end], out)
 
+    @staticmethod
+    def values(block: Block, data: U8, scratch: F32) -> F32:
+        """The values of a block of checked `data`, for reading: where they lie if they lie there, else in `scratch`."""
+        elements = block.last - block.first
+        if block.codec.view is not None:
+            return block.codec.view(data[block.offset : block.offset + block.codec.encoded_bytes(elements)])
+        Plan.decode_block(block, data, scratch[:elements])
+        return scratch[:elements]
+
 
 def plan(layout: Layout, codec_name: str) -> Plan:
     """The plan of `layout` in the codec of that name."""

@@ -243,10 +243,7 @@ class ServerCore:
             session.malformed = 0
             return session
         self.drained += 1
-        of_old_connection = (
-            session is not None and session.live and session.peer and session.connection > message.connection
-        )
-        if not of_old_connection and not isinstance(message, Chunk):
+        if not isinstance(message, Chunk):
             sentence = "This session is unknown, expired, or of another connection."
             self.out.fault(peer, PeerError(Code.STALE, sentence, fix="Say Hello again."))
         return None
@@ -326,7 +323,7 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        if (shard := self.shard) and (run := self.order.next(len(shard.up.blocks), shard.layout.elements)):
+        if (shard := self.shard) and (run := self.order.next(len(shard.up.blocks), shard.up.elements)):
             self.out.add(run)
         if self.state.stopping and not self._exited and len(self.order) == 0 and not self.durability.saving:
             if self.durability.needed and not self.durability.gave_up:

@@ -14,6 +14,7 @@ import asyncio
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ BATCH_MESSAGES = 64
 RELEASE_POLL_S = 0.002
 """While the transport reads our buffers, it is asked this often whether it is done."""
 CORE_THREADS_LIMIT = 8
+SWITCH_INTERVAL_S = 0.0005
+"""How long Python lets one thread hold the interpreter: short, so that kernels do not keep the loop waiting."""
 
 Announce = Callable[[str, str], None]
 """announce(level, sentence): how the daemon speaks to the person who watches."""
@@ -56,6 +59,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to stop."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._main())
 

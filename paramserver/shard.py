@@ -94,8 +94,7 @@ class Shard:
             finite = True
             for index in range(first, last):
                 block, below = self.up.blocks[index], self.down.blocks[index]
-                d = scratch[: block.last - block.first]
-                self.up.decode_block(block, update, d)
+                d = self.up.values(block, update, scratch)
                 if what == "before" and reply is not None:
                     finite &= self._encode(reply, index)
                 if index >= self.up.parameter_blocks:

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from common import chunks, codecs, wire
+from common.buffers import zeros
 from common.chunks import Plan
 from common.codecs.base import U8
 from common.errors import Code, PeerError, Refused, WireError, code_of
@@ -228,6 +229,7 @@ class WorkerCore:
         self._optimizer = optimizer
         self._plans: dict[str, Plan] = {}
         self._upload: Upload | None = None
+        self._reply: U8 | None = None
         self._downloads: dict[int, Download] = {}
         self._wanted: list[Literal["anchor", "evaluate"]] = []
         """Pulls not answered yet."""
@@ -522,12 +524,19 @@ class WorkerCore:
         plan = self.plan(reply.codec)
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
-        download = Download(reply, purpose, number, plan, np.empty(plan.bytes, np.uint8), bytearray(len(plan.chunks)))
+        data = self._reply_buffer(plan) if purpose == "push" else np.empty(plan.bytes, np.uint8)
+        download = Download(reply, purpose, number, plan, data, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(plan.chunks) == 1:
             self._take(download, 0, payload)
         else:
             self._open(download)
+
+    def _reply_buffer(self, plan: Plan) -> U8:
+        """Where replies to pushes go, one after the other: the last one is merged before the next push is posted."""
+        if self._reply is None or self._reply.nbytes != plan.bytes:
+            self._reply = zeros(plan.bytes, np.uint8)
+        return self._reply
 
     def _open(self, download: Download) -> None:
         """Keep the window of a download open."""

@@ -24,7 +24,18 @@ from numpy.typing import NDArray
 from common.errors import Code, CodecError
 from common.kernels import kernel
 
-__all__ = ["BLOCK_ELEMENTS", "F32", "U8", "Codec", "CodecError", "all_finite", "expect_bytes", "kernel", "non_finite"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "F32",
+    "U8",
+    "Codec",
+    "CodecError",
+    "all_finite",
+    "copy_finite",
+    "expect_bytes",
+    "kernel",
+    "non_finite",
+]
 
 F32: TypeAlias = NDArray[np.float32]
 U8: TypeAlias = NDArray[np.uint8]
@@ -56,6 +67,8 @@ class Codec(NamedTuple):
     decode: Callable[[U8, F32], None]
     error_bound: Callable[[F32], F32]
     """x: (n,) -> (n,) largest |decode(encode(x)) - x| allowed per element; the contract suite holds the codec to it."""
+    view: Callable[[U8], F32] | None = None
+    """data as checked -> (n,) its values where they lie, for reading; None where decoding has to compute."""
 
 
 def expect_bytes(data: U8, expected: int) -> None:
@@ -67,6 +80,17 @@ def expect_bytes(data: U8, expected: int) -> None:
 def non_finite(what: str) -> CodecError:
     """The error for NaN or infinity in `what`."""
     return CodecError(f"{what} holds NaN or infinity.", code=Code.NON_FINITE)
+
+
+@kernel
+def copy_finite(bits: Any, out: Any, exponent_mask: Any) -> bool:
+    """out <- bits and `all_finite` in one pass over memory. bits, out: (n,) floats seen as unsigned integers."""
+    bad = 0
+    for i in range(bits.size):
+        value = bits[i]
+        out[i] = value
+        bad += (value & exponent_mask) == exponent_mask
+    return bad == 0
 
 
 @kernel

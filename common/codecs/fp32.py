@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.codecs.base import F32, U8, Codec, all_finite, expect_bytes, non_finite
+from common.codecs.base import F32, U8, Codec, all_finite, copy_finite, expect_bytes, non_finite
 
 EXPONENT = np.uint32(0x7F80_0000)
 
 
 def encode(x: F32, out: U8) -> None:
-    if not all_finite(x.view(np.uint32), EXPONENT):
+    if not copy_finite(x.view(np.uint32), out.view(np.uint32), EXPONENT):
         raise non_finite("The vector to encode")
-    out.view(np.float32)[:] = x
 
 
 def check(data: U8, n: int) -> None:
@@ -38,4 +37,5 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=np.zeros_like,
+    view=lambda data: data.view(np.float32),
 )
