@@ -17,6 +17,8 @@ import errno
 import math
 import os
 import re
+import socket as sockets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +35,7 @@ WINDOW_CHUNKS = 64
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
 HANDSHAKE_MS = 2_000
 BACKLOG = 1024
+LET_GO_S = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
@@ -149,9 +152,7 @@ def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] 
             socket.setsockopt(zmq.IPV6, int("[" in address))
             socket.bind(_ANY_PORT.sub(r"\1:*", address))
         except zmq.ZMQError as error:
-            for earlier in bound:  # closing alone frees them only some time later
-                socket.unbind(earlier)
-            socket.close(linger=0)
+            _let_go(socket, bound)
             raise _cannot_bind(address, error) from None
         bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
     return ZeroMQEndpoint(socket, bound[0])
@@ -201,18 +202,26 @@ def _limit(socket: zmq.Socket[bytes]) -> None:
 
 def _refuse_live_ipc(address: str) -> None:
     """ZeroMQ takes an ipc address over even from a server that lives; the file of a dead one is fine."""
-    if not address.startswith("ipc://") or not Path(address.removeprefix("ipc://")).is_socket():
-        return
-    import socket as sockets
+    if _is_live_ipc(address):
+        raise zmq.ZMQError(errno.EADDRINUSE)
 
-    probe = sockets.socket(sockets.AF_UNIX)
-    try:
-        probe.connect(address.removeprefix("ipc://"))
-    except OSError:
-        return
-    finally:
-        probe.close()
-    raise zmq.ZMQError(errno.EADDRINUSE)
+
+def _is_live_ipc(address: str) -> bool:
+    path = Path(address.removeprefix("ipc://"))
+    if not address.startswith("ipc://") or not path.is_socket():
+        return False
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def _let_go(socket: zmq.Socket[bytes], addresses: Sequence[str]) -> None:
+    """Unbind, and wait until it is done: ZeroMQ does it on a thread of its own."""
+    for address in addresses:
+        socket.unbind(address)
+    deadline = time.monotonic() + LET_GO_S
+    while any(_is_live_ipc(address) for address in addresses) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    socket.close(linger=0)
 
 
 def _cannot_bind(address: str, error: zmq.ZMQError) -> NetworkError:
