@@ -10,7 +10,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -19,4 +19,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def kernel(function: F) -> F:
     """Compile `function` on first use, releasing the interpreter lock while it runs."""
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(F, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder for the cache can be written to: then every process compiles for itself
+        return cast(F, numba.njit(**options)(function))
