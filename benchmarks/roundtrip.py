@@ -33,6 +33,7 @@ from torch.distributed import rpc
 
 from benchmarks import harness
 from benchmarks.harness import Benchmark, BenchmarkError, Case, Competitor, Link, child, competitor
+from common import LIBRARY
 from common.buffers import zeros
 from common.codecs.base import F32
 from common.config import ServerSettings
@@ -51,7 +52,7 @@ from worker.core import (
     WorkerCore,
 )
 from worker.driver import Driver
-from worker.trainer import LIBRARY, SWITCH_INTERVAL_S
+from worker.trainer import SWITCH_INTERVAL_S
 
 MB = 1_000_000
 START, STEP = 0.5, 1.0

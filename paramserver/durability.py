@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common import LIBRARY
 from common.buffers import zeros
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
@@ -26,7 +27,6 @@ from paramserver.session import Session
 from paramserver.shard import Work
 from paramserver.state import Outbox, ServerState
 
-LIBRARY = "paramserver 0.1.0"
 SAVE_SHARE = 0.05
 """Writing checkpoints may take at most this share of the time."""
 

@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from common import LIBRARY
 from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.errors import NetworkError, Refused
@@ -21,7 +22,6 @@ from common.messages import Version
 from worker import core
 from worker.core import PullWanted, WorkerCore
 from worker.driver import Driver
-from worker.trainer import LIBRARY
 
 
 class Observer:

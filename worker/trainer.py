@@ -31,7 +31,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from common import rules
+from common import LIBRARY, rules
 from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.chunks import Plan, plan
@@ -43,7 +43,6 @@ from worker import core
 from worker.core import PullWanted, PushWanted, WorkerCore
 from worker.driver import Driver
 
-LIBRARY = "paramserver 0.1.0"
 SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
 NAME_CHARACTERS = 64
