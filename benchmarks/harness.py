@@ -6,6 +6,8 @@
 Laws
 * Competitors take turns within one run, after a warm-up round each. The machine may be shared and noisy: only ratios
   within one run mean anything.
+* Who waits for its turn is stopped: some poll when idle (TensorPipe's reactors keep two cores busy), which would be
+  measured as the slowness of the others.
 * A competitor checks its own answers, outside the measured time; a fast wrong answer fails the benchmark.
 * A competitor's processes end with the benchmark, however that ends: done, failed, interrupted or killed.
 * Every wait has a limit.
@@ -13,6 +15,7 @@ Laws
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -44,6 +47,8 @@ START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 60.0
 END_LIMIT_S = 5.0
 """A process that was told to end and has not is killed."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h."""
 LIBRARIES = ("torch", "numpy", "numba", "pyzmq", "uvloop", "msgpack")
 
 JsonFile = Annotated[
@@ -73,6 +78,16 @@ class Competitor(NamedTuple):
     ready: Callable[[], None]
     round: Callable[[], float]
     verify: Callable[[], None]
+    processes: tuple[Child, ...]
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Its processes run inside the block, and are stopped after it."""
+        for process in self.processes:
+            process.resume()
+        yield
+        for process in self.processes:
+            process.suspend()
 
 
 class Case(NamedTuple):
@@ -126,14 +141,17 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     with ExitStack() as stack:
         competitors = [stack.enter_context(case.open()) for case in cases]
         for competitor in competitors:
-            competitor.ready()
+            with competitor.turn():
+                competitor.ready()
         for turn in range(warmup + rounds):
             for taken, competitor in zip(seconds, competitors, strict=True):
-                spent = competitor.round()
+                with competitor.turn():
+                    spent = competitor.round()
                 if turn >= warmup:
                     taken.append(spent)
         for competitor in competitors:
-            competitor.verify()
+            with competitor.turn():
+                competitor.verify()
     return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
 
 
@@ -292,6 +310,18 @@ class Child:
         self._process = process
         self._line = line
 
+    def suspend(self) -> None:
+        """Stop it where it stands; the system ends a stopped process, too, when the benchmark is gone."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
     def hear(self, limit_s: float) -> Any:
         """The next answer; raises BenchmarkError where there is none in time, or it is a failure."""
         if not self._line.poll(limit_s):
@@ -326,7 +356,11 @@ def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[C
         with _deaf_to_interrupts():
             process.start()
         there.close()
-        yield Child(name, process, here)
+        started = Child(name, process, here)
+        try:
+            yield started
+        finally:
+            started.resume()
         here.close()
         process.join(END_LIMIT_S)
     finally:
@@ -366,18 +400,33 @@ def answer_rounds(
         link.answer(spent)
 
 
-def competitor(of: Child, *, first: Callable[[], None] = lambda: None) -> Competitor:
-    """A Competitor whose child runs `answer_rounds`; `first` is what it waits for, such as a server."""
+def competitor(of: Child, *others: Child, first: Callable[[], None] = lambda: None) -> Competitor:
+    """A Competitor whose child `of` runs `answer_rounds` with the help of the others.
+
+    `first` is what it waits for, such as a server.
+    """
 
     def ready() -> None:
         first()
         of.hear(START_LIMIT_S)
 
-    return Competitor(ready, lambda: float(of.ask("round", ROUND_LIMIT_S)), lambda: of.ask("verify", ROUND_LIMIT_S))
+    return Competitor(
+        ready,
+        lambda: float(of.ask("round", ROUND_LIMIT_S)),
+        lambda: of.ask("verify", ROUND_LIMIT_S),
+        (of, *others),
+    )
+
+
+def _die_with_the_benchmark() -> None:
+    """Even while it is stopped and hears nothing (where the system can: Linux)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run(line: Connection, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """What a child does."""
+    _die_with_the_benchmark()
     link = Link(line)
     try:
         target(link, *arguments)

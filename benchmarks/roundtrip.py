@@ -108,7 +108,7 @@ def _paramserver(transport: str, elements: int) -> Iterator[Competitor]:
         bind = f"ipc://{folder}/server" if transport == "ipc" else "tcp://127.0.0.1:*"
         name = f"paramserver {transport}"
         with child(f"{name} server", _serve, bind) as server, child(f"{name} worker", _work, elements) as worker:
-            yield competitor(worker, first=lambda: worker.tell(server.hear(harness.START_LIMIT_S)))
+            yield competitor(worker, server, first=lambda: worker.tell(server.hear(harness.START_LIMIT_S)))
 
 
 def _serve(link: Link, bind: str) -> None:
@@ -189,10 +189,10 @@ def _pair(name: str, server: Target, client: Target, elements: int) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         meeting = (Path(folder) / "meeting").as_uri()
         with (
-            child(f"{name} server", server, meeting, elements),
-            child(f"{name} client", client, meeting, elements) as last,
+            child(f"{name} server", server, meeting, elements) as serving,
+            child(f"{name} client", client, meeting, elements) as asking,
         ):
-            yield competitor(last)
+            yield competitor(asking, serving)
 
 
 @contextmanager
