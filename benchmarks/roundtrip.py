@@ -47,7 +47,6 @@ from worker.core import (
     InitialWeights,
     Leave,
     NeedWeights,
-    PushWanted,
     Settled,
     WorkerCore,
 )
@@ -134,9 +133,10 @@ def _work(link: Link, elements: int) -> None:
         layout=layout,
         optimizer=Optimizer("SGD", 0.1, 0.0, 1),
     )
-    up, down, exact = core.plan(CODEC), core.plan(CODEC), core.plan(LOSSLESS)
-    delta, reply = zeros(elements, np.float32), zeros(elements, np.float32)
-    update, weights = zeros(up.bytes, np.uint8), zeros(exact.bytes, np.uint8)
+    up, exact = core.plan(CODEC), core.plan(LOSSLESS)
+    reply, weights, update = zeros(elements, np.float32), zeros(exact.bytes, np.uint8), zeros(up.bytes, np.uint8)
+    delta = up.in_place(update)
+    assert delta is not None, CODEC
     reply.fill(START)
     exact.encode(reply, weights)
     delta.fill(STEP)
@@ -147,14 +147,12 @@ def _work(link: Link, elements: int) -> None:
     scalars = Scalars(loss=1.0, samples=1, steps=1, lr=0.1)
 
     def exchange() -> None:
-        nonlocal base
-        up.encode(delta, update)
-        driver.post(PushWanted(update, scalars, base))
+        nonlocal base, reply
+        driver.push(delta, up, update, scalars, base, reply)
         settled = _await(driver, Settled)
-        if settled.data is None:
+        if settled.values is None:
             raise BenchmarkError(f"The push was {settled.outcome} ({settled.code}): {settled.sentence}")
-        down.open(settled.data, reply)
-        base = settled.base
+        reply, base = settled.values, settled.base
 
     harness.answer_rounds(link, exchange, lambda k: _check_ends(reply, START + k), lambda k: _check(reply, START + k))
     driver.post(Leave("the benchmark is over"))

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from common import codecs
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
 from common.errors import CodecError
@@ -63,17 +65,43 @@ class Plan(NamedTuple):
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
         for block in self.blocks[chunk.first : chunk.last]:
-            elements = block.last - block.first
-            end = block.offset + block.codec.encoded_bytes(elements)
-            block.codec.check(data[block.offset : end], elements)
-            if data[end : block.offset + block.size].any():
-                raise CodecError("The padding of a block is not zero.")
+            encoded, elements = _encoded(block, data, 0)
+            block.codec.check(encoded, elements)
 
-    def open(self, data: U8, flat: F32) -> None:
-        """flat: (elements,) <- data: (bytes,), checked first. Raises CodecError."""
-        for chunk in self.chunks:
-            self.check(data, chunk)
-        self.decode(data, flat)
+    def take(self, chunk: Chunk, payload: U8, data: U8) -> None:
+        """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError.
+
+        Block by block, while it is in the cache. It is checked where it then lies (or as it is copied), so that nobody
+        can change it between the check and the use.
+        """
+        for block in self.blocks[chunk.first : chunk.last]:
+            start, end = block.offset, block.offset + block.size
+            piece, codec = payload[start - chunk.offset : end - chunk.offset], block.codec
+            if codec.open is not None and codec.view is not None:
+                encoded, elements = _encoded(block, piece, start)
+                codec.open(encoded, codec.view(data[start : start + encoded.size]))
+                data[start + encoded.size : end] = 0
+            else:
+                data[start:end] = piece
+                encoded, elements = _encoded(block, data, 0)
+                codec.check(encoded, elements)
+
+    def open(self, chunk: Chunk, payload: U8, flat: F32) -> None:
+        """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError."""
+        for block in self.blocks[chunk.first : chunk.last]:
+            encoded, elements = _encoded(block, payload, chunk.offset)
+            x = flat[block.first : block.last]
+            if block.codec.open is not None:
+                block.codec.open(encoded, x)
+            else:
+                block.codec.check(encoded, elements)
+                block.codec.decode(encoded, x)
+
+    def in_place(self, data: U8) -> F32 | None:
+        """data: (bytes,) -> the vector (elements,) that it is, where encoding changes nothing; else None."""
+        if all(block.codec.view is not None and block.offset == 4 * block.first for block in self.blocks):
+            return data[: 4 * self.elements].view(np.float32)
+        return None
 
     def decode(self, data: U8, flat: F32, first: int = 0, last: int | None = None) -> None:
         """flat: (elements,) <- checked data: (bytes,), blocks [first, last)."""
@@ -114,6 +142,16 @@ def plan(layout: Layout, codec_name: str) -> Plan:
             offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
     return Plan(codec_name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+
+
+def _encoded(block: Block, data: U8, offset: int) -> tuple[U8, int]:
+    """The bytes of `block` without padding, and its elements. data: bytes from `offset` on; raises CodecError."""
+    elements = block.last - block.first
+    start = block.offset - offset
+    end = start + block.codec.encoded_bytes(elements)
+    if end < start + block.size and data[end : start + block.size].any():
+        raise CodecError("The padding of a block is not zero.")
+    return data[start:end], elements
 
 
 def _aligned(size: int) -> int:

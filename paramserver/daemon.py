@@ -84,6 +84,7 @@ class Daemon:
             self._endpoint = endpoint = transports.listen(settings.bind)
             self._do(self._core.start(time.monotonic()))
             self._timer: asyncio.TimerHandle | None = None
+            self._timer_due = 0.0
             self._release_timer: asyncio.TimerHandle | None = None
             self._loop.add_reader(endpoint.fileno(), self._readable)
             self._ready(endpoint.address)
@@ -128,12 +129,19 @@ class Daemon:
         except Exception as error:
             self._fail(error)
             return
+        self._wake_at(self._core.deadline())
+
+    def _wake_at(self, deadline: float | None) -> None:
+        """Have a Tick come then, or earlier: deadlines mostly move away, and one Tick too many costs little."""
+        if deadline is None or (self._timer is not None and self._timer_due <= deadline):
+            return
         if self._timer is not None:
             self._timer.cancel()
-        if (deadline := self._core.deadline()) is not None:
-            self._timer = self._loop.call_at(self._loop.time() + max(deadline - time.monotonic(), 0.0), self._tick)
+        self._timer_due = deadline
+        self._timer = self._loop.call_later(max(deadline - time.monotonic(), 0.0), self._tick)
 
     def _tick(self) -> None:
+        self._timer = None
         self._log.flush()
         self._handle(Tick())
 

@@ -36,9 +36,7 @@ def take_chunk(transfer: Transfer, target: U8, plan: Plan, index: int, payload: 
     chunk = plan.chunks[index]
     if len(payload) != chunk.size:
         raise PeerError(Code.BAD_LENGTH, f"Chunk {index} has {len(payload):,} bytes, {chunk.size:,} expected.")
-    target[chunk.offset : chunk.offset + chunk.size] = np.frombuffer(payload, np.uint8)
-    # checked where it now lies, so that nobody can change it between the check and the use
-    plan.check(target, chunk)
+    plan.take(chunk, np.frombuffer(payload, np.uint8), target)
     transfer.received[index] = 1
 
 

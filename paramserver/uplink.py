@@ -172,8 +172,10 @@ class Uplink:
             if begin.number == session.decision.number and session.answered_connection != session.connection:
                 self._again(session)
             return None
-        if session.transfer is not None:
-            return None  # it is under way already, and will be answered when it is decided
+        if (under_way := session.transfer) is not None:
+            if under_way.committed or begin.number <= under_way.begin.number:
+                return None  # it will be answered when it is decided
+            self.drop(session)  # withdrawn
         if self._state.stopping:
             self._grant(session, begin, "refuse", 0, Code.DRAINING, "The server is stopping.")
             return None

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from common import chunks, codecs, wire
-from common.codecs.base import BLOCK_ELEMENTS, F32, U8
+from common.codecs.base import BLOCK_ELEMENTS, F32
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import (
@@ -175,8 +175,12 @@ class Trainer:
         model, plan = self.cluster.model, self.core.plan("fp32")
         data = np.zeros(plan.bytes, np.uint8)
         plan.encode(model.update(self.row, s), data)
-        self.cluster.work(self, worker.PushWanted(data, Scalars(0.5, 8, 1, 0.1), self.seen))
+        chunks = len(plan.chunks)
+        ready = chunks if chunks == 1 else self.cluster.random.randrange(chunks)
+        self.cluster.work(self, worker.PushWanted(data, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
         self.numbers[self.core.membership.token, self.core.membership.last_number] = s
+        if ready < chunks:
+            self.cluster.after(0.001, partial(self.cluster.work, self, worker.Encoded(chunks)))
 
     def hears(self, frames: Sequence[Buffer]) -> None:
         """Note what the wire tells and the core keeps to itself."""
@@ -208,13 +212,13 @@ class Trainer:
                 plan = self.core.plan(worker.LOSSLESS)
                 zeros = np.zeros(plan.bytes, np.uint8)
                 self.cluster.after(0.0, partial(self.cluster.work, self, worker.InitialWeights(zeros)))
-            case worker.Settled(number=number, outcome=outcome, code=code, base=base, data=data):
+            case worker.Settled(number=number, outcome=outcome, code=code, base=base, values=values):
                 s = self.numbers[self.core.membership.token, number]
                 assert s == self.in_flight, f"{self} was told of update {s}"
                 self.in_flight = None
                 if outcome == "applied":
                     self.applied[s] = self.versions[self.core.membership.token, number]
-                    self.merge(base, data)
+                    self.merge(base, values)
                 else:
                     self.rejected[s] = code
                     self.reanchoring = True
@@ -223,9 +227,9 @@ class Trainer:
                 assert self.in_flight is not None
                 self.unknown.add(self.in_flight) if pushed else self.again.append(self.in_flight)
                 self.in_flight, self.reanchoring = None, True
-            case worker.Fetched(base=base, data=data):
+            case worker.Fetched(base=base, values=values):
                 self.reanchoring = False
-                self.merge(base, data)
+                self.merge(base, values)
             case worker.Away():
                 self.away = True
             case worker.Back():
@@ -235,13 +239,11 @@ class Trainer:
             case worker.Failed(error):
                 self.failed = error
 
-    def merge(self, base: Version, data: U8 | None) -> None:
+    def merge(self, base: Version, center: F32 | None) -> None:
         """Whatever is pulled is one version, and it never goes back."""
         assert base >= self.seen, f"{self} saw {self.seen} and was then given {base}"
         self.seen = base
-        if data is not None:
-            center = np.full(self.cluster.model.layout.elements, np.nan, np.float32)
-            self.core.plan("fp32").decode(data, center)
+        if center is not None:
             assert self.cluster.model.set_slots(center).sum() == base.version, f"not the center of {base}"
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from common import chunks, codecs, wire
 from common.buffers import zeros
 from common.chunks import Plan
-from common.codecs.base import U8
-from common.errors import Code, PeerError, Refused, WireError, code_of
+from common.codecs.base import F32, U8
+from common.errors import Code, CodecError, PeerError, Refused, WireError, code_of
 from common.layout import Layout
 from common.messages import (
     Ack,
@@ -81,11 +81,29 @@ class InitialWeights:
 
 @dataclass(frozen=True, slots=True)
 class PushWanted:
-    """Push this update; the bytes stay as they are until it is settled. data: (plan.bytes,)."""
+    """Push this update; the bytes stay as they are until it is settled. data: (plan.bytes,).
+
+    ready: so many chunks are encoded; Encoded tells of the others, while these are on their way.
+    spare: (elements,) a vector that the trainer needs no longer: the next reply may land in it.
+    """
 
     data: U8
     scalars: Scalars
     base: Version
+    ready: int
+    spare: F32 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The first `ready` chunks of the push are encoded."""
+
+    ready: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The push turned out not to be encodable: forget it; its number stays undecided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +159,14 @@ class NeedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of push `number`. data: the reply, encoded, or None. `base`: version of the reply."""
+    """What became of push `number`. values: (elements,) the reply, the trainer's to keep. `base`: its version."""
 
     number: int
     outcome: str
     code: str
     sentence: str
     base: Version
-    data: U8 | None = field(repr=False)
+    values: F32 | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +179,11 @@ class Orphaned:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The center, encoded, at version `base`."""
+    """The center at version `base`. values: (elements,), the trainer's to keep."""
 
     purpose: str
     base: Version
-    data: U8 = field(repr=False)
+    values: F32 = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +247,8 @@ class WorkerCore:
         self._optimizer = optimizer
         self._plans: dict[str, Plan] = {}
         self._upload: Upload | None = None
-        self._reply: U8 | None = None
+        self._spare: F32 | None = None
+        """Memory for the next reply: fresh memory would cost more than filling it."""
         self._downloads: dict[int, Download] = {}
         self._wanted: list[Literal["anchor", "evaluate"]] = []
         """Pulls not answered yet."""
@@ -266,8 +285,12 @@ class WorkerCore:
                         self._doubt("the link to the server broke")
                 case InitialWeights(data):
                     self._send_initial(data)
-                case PushWanted(data, scalars, base):
-                    self._push(data, scalars, base)
+                case PushWanted():
+                    self._push(event)
+                case Encoded(ready):
+                    self._encoded(ready)
+                case Withdrawn():
+                    self._upload = None
                 case PullWanted(purpose):
                     self._want(purpose)
                 case Progress(steps):
@@ -432,22 +455,30 @@ class WorkerCore:
         if self.phase == "initialising":
             plan = self.plan(LOSSLESS)
             version = cast(Welcome, self.membership.welcome).version
-            self._upload = Upload("init", 0, data, plan, NO_SCALARS, version)
+            self._upload = Upload("init", 0, data, plan, NO_SCALARS, version, len(plan.chunks))
             self._start_upload(self._upload)
 
-    def _push(self, data: U8, scalars: Scalars, base: Version) -> None:
+    def _push(self, wanted: PushWanted) -> None:
         assert self._upload is None, "one push at a time"
         m = self.membership
         m.last_number += 1
-        if not m.anchored or self._unseen_anchor not in (None, base):
+        if wanted.spare is not None:
+            self._spare = wanted.spare
+        if not m.anchored or self._unseen_anchor not in (None, wanted.base):
             # the session was lost meanwhile: this update starts from an anchor that is no more
             self._deliver(Orphaned(m.last_number, pushed=False))
             return
         self._unseen_anchor = None
         codec = str(cast(Welcome, m.welcome).settings["codec"])
-        self._upload = Upload("push", m.last_number, data, self.plan(codec), scalars, base)
+        plan = self.plan(codec)
+        self._upload = Upload("push", m.last_number, wanted.data, plan, wanted.scalars, wanted.base, wanted.ready)
         if self.phase == "joined":
             self._start_upload(self._upload)
+
+    def _encoded(self, ready: int) -> None:
+        if self._upload is not None:
+            self._upload.ready = ready
+            self._send_chunks(self._upload)
 
     def _start_upload(self, upload: Upload) -> None:
         m = self.membership
@@ -470,16 +501,21 @@ class WorkerCore:
             self._send(begin)
 
     def _continue_upload(self, transfer: int, until: int) -> None:
-        upload, m = self._upload, self.membership
+        upload = self._upload
         if upload is None or upload.number != transfer or upload.committed:
             return
         upload.until = max(upload.until, until)
-        while upload.sent < min(upload.until, len(upload.plan.chunks)):
+        self._send_chunks(upload)
+
+    def _send_chunks(self, upload: Upload) -> None:
+        """As many as are encoded and allowed; after the last of all, Commit."""
+        m = self.membership
+        while upload.sent < min(upload.until, upload.ready):
             piece = upload.plan.chunks[upload.sent]
             payload = upload.data[piece.offset : piece.offset + piece.size].data
             self._send(Chunk(m.token, m.connection, upload.number, upload.sent, payload))
             upload.sent += 1
-        if upload.sent == len(upload.plan.chunks):
+        if upload.sent == len(upload.plan.chunks) and not upload.committed:
             upload.committed = True
             self._send(Commit(m.token, m.connection, upload.number, upload.scalars))
 
@@ -524,19 +560,15 @@ class WorkerCore:
         plan = self.plan(reply.codec)
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
-        data = self._reply_buffer(plan) if purpose == "push" else np.empty(plan.bytes, np.uint8)
-        download = Download(reply, purpose, number, plan, data, bytearray(len(plan.chunks)))
+        values, self._spare = self._spare, None
+        if values is None:
+            values = zeros(plan.elements, np.float32)
+        download = Download(reply, purpose, number, plan, values, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(plan.chunks) == 1:
             self._take(download, 0, payload)
         else:
             self._open(download)
-
-    def _reply_buffer(self, plan: Plan) -> U8:
-        """Where replies to pushes go, one after the other: the last one is merged before the next push is posted."""
-        if self._reply is None or self._reply.nbytes != plan.bytes:
-            self._reply = zeros(plan.bytes, np.uint8)
-        return self._reply
 
     def _open(self, download: Download) -> None:
         """Keep the window of a download open."""
@@ -552,7 +584,7 @@ class WorkerCore:
         if index >= len(plan.chunks) or len(payload) != plan.chunks[index].size:
             raise WireError(f"Chunk {index} of a reply does not fit.")
         chunk = plan.chunks[index]
-        download.data[chunk.offset : chunk.offset + chunk.size] = np.frombuffer(payload, np.uint8)
+        plan.open(chunk, np.frombuffer(payload, np.uint8), download.values)
         download.received[index] = 1
         if download.complete:
             del self._downloads[download.reply.id]
@@ -567,7 +599,7 @@ class WorkerCore:
             if self._upload is not None and self._upload.number == download.number:
                 self._upload = None
                 m.merged = download.reply.id
-                self._deliver(Settled(download.number, "applied", "", "", version, download.data))
+                self._deliver(Settled(download.number, "applied", "", "", version, download.values))
             return
         if download.purpose not in self._wanted:
             return
@@ -576,7 +608,7 @@ class WorkerCore:
             m.anchored = m.trained = True
             self._unseen_anchor = version
             m.merged = download.reply.id
-        self._deliver(Fetched(download.purpose, version, download.data))
+        self._deliver(Fetched(download.purpose, version, download.values))
         if download.purpose == "anchor" and self._upload is not None:
             self._start_upload(self._upload)
 
@@ -587,7 +619,7 @@ class WorkerCore:
             message = wire.decode(frames)
             self._last_heard = self._now
             self._dispatch(message)
-        except WireError as error:
+        except (WireError, CodecError) as error:
             if error.code == Code.PROTOCOL_VERSION:
                 self._fail(error)
             else:

@@ -18,12 +18,17 @@ from collections.abc import Callable
 from typing import Any
 
 from common import transports
-from common.errors import ParamserverError
+from common.chunks import Plan
+from common.codecs.base import F32, U8
+from common.errors import CodecError, ParamserverError
+from common.messages import Scalars, Version
 from common.node import Received, Say, Send, Tick
 from common.transports import ZeroMQEndpoint
-from worker.core import Deliver, Dialled, LinkLost, Redial, WorkerCore
+from worker.core import Deliver, Dialled, Encoded, LinkLost, PushWanted, Redial, Withdrawn, WorkerCore
 
 BATCH_MESSAGES = 64
+ENCODE_CHUNKS = 4
+"""So many chunks are encoded between two words to the thread that sends them."""
 log = logging.getLogger("paramserver.worker")
 
 
@@ -52,6 +57,24 @@ class Driver:
             if self._wake >= 0:
                 self._posted.append(event)
                 os.eventfd_write(self._wake, 1)
+
+    def push(self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None) -> None:
+        """Have `flat` pushed: (elements,), encoded into data: (plan.bytes,) while its first chunks are on their way.
+
+        `spare`: memory for the reply. Raises CodecError where `flat` cannot be encoded; then nothing is pushed.
+        """
+        chunks = len(plan.chunks)
+        if chunks == 1:
+            plan.encode(flat, data)
+        self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare))
+        for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
+            end = min(ready + ENCODE_CHUNKS, chunks)
+            try:
+                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last)
+            except CodecError:
+                self.post(Withdrawn())
+                raise
+            self.post(Encoded(end))
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""

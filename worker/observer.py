@@ -11,12 +11,10 @@ import time
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from common import LIBRARY
 from common.binding import Binding, layout_of
-from common.buffers import zeros
 from common.errors import NetworkError, Refused
 from common.messages import Version
 from worker import core
@@ -31,7 +29,6 @@ class Observer:
         self._address = address
         self._layout = layout_of(model)
         self._binding = Binding(model, self._layout)
-        self._flat = zeros(self._layout.elements, np.float32)
         self._core = WorkerCore(
             name=name,
             instance=secrets.token_hex(8),
@@ -54,9 +51,8 @@ class Observer:
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
             match self._driver.news(left):
-                case core.Fetched(base=version, data=data):
-                    self._core.plan(str(self._settings("reply_codec"))).open(data, self._flat)
-                    self._binding.scatter(self._flat)
+                case core.Fetched(base=version, values=values):
+                    self._binding.scatter(values)
                     return version
                 case core.Finished():
                     self.finished = True
@@ -84,8 +80,3 @@ class Observer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _settings(self, name: str) -> object:
-        welcome = self._core.membership.welcome
-        assert welcome is not None
-        return welcome.settings[name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.chunks import Plan
-from common.codecs.base import U8
+from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Reply, Resume, Scalars, Version, Welcome
 
 
@@ -26,6 +26,8 @@ class Upload:
     plan: Plan
     scalars: Scalars
     base: Version
+    ready: int
+    """Chunks that are encoded."""
     sent: int = 0
     """Chunks handed to the transport on this connection."""
     until: int = 0
@@ -42,13 +44,16 @@ class Upload:
 
 @dataclass(slots=True)
 class Download:
-    """A reply on its way down, in the order of its chunks or not. data: (plan.bytes,) uint8."""
+    """A reply on its way down, in the order of its chunks or not; each is decoded into its place as it arrives.
+
+    values: (elements,) float32, complete with the last chunk.
+    """
 
     reply: Reply
     purpose: Literal["push", "anchor", "evaluate"]
     number: int
     plan: Plan
-    data: U8
+    values: F32
     received: bytearray
     until: int = 0
 

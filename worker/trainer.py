@@ -40,7 +40,7 @@ from common.errors import Code, CodecError, NetworkError, Refused, UsageError
 from common.messages import NOWHERE, Optimizer, Scalar, Scalars, Version
 from common.wire import PAYLOAD_BYTES
 from worker import core
-from worker.core import PullWanted, PushWanted, WorkerCore
+from worker.core import PullWanted, WorkerCore
 from worker.driver import Driver
 
 SWITCH_INTERVAL_S = 0.0005
@@ -136,6 +136,8 @@ class Session:
         elements = self._layout.elements
         # x: the parameters as last gathered; anchor: what the last merge took; spare: the next x while one is in flight
         self._x, self._anchor, self._spare, self._scratch = (zeros(elements, np.float32) for _ in range(4))
+        self._outlived: F32 | None = None
+        """The anchor before the last merge: memory for the next reply."""
         self._base: Version = NOWHERE
         self._in_flight: _InFlight | None = None
         self._progress = Progress()
@@ -226,9 +228,7 @@ class Session:
         if fetched is None:
             raise NetworkError(f"{self._address} did not send the center within {timeout_s:g} s.", fix="Is it running?")
         found = copy.deepcopy(self._model)
-        flat = np.zeros(self._layout.elements, np.float32)
-        self._down.open(fetched.data, flat)
-        Binding(found, self._layout).scatter(flat)
+        Binding(found, self._layout).scatter(fetched.values)
         return found
 
     def _take_evaluated(self) -> core.Fetched | None:
@@ -300,6 +300,8 @@ class Session:
         self._up: Plan = plan(self._layout, str(settings["codec"]))
         self._down: Plan = plan(self._layout, str(settings["reply_codec"]))
         self._update: U8 = zeros(self._up.bytes, np.uint8)
+        in_place = self._up.in_place(self._update)
+        self._delta = self._scratch if in_place is None else in_place
         log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
 
     # Exchanges
@@ -308,28 +310,30 @@ class Session:
         """Encode D = x - anchor (and the float buffers as they are) and send it off."""
         n = self._parameters
         self._binding.gather(self._x)
-        self._rule.update(self._config, self._x[:n], self._anchor[:n], self._scratch[:n])
-        self._scratch[n:] = self._x[n:]
-        try:
-            self._up.encode(self._scratch, self._update)
-        except CodecError as error:
-            self._reject(str(error))
-            return
+        self._rule.update(self._config, self._x[:n], self._anchor[:n], self._delta[:n])
+        self._delta[n:] = self._x[n:]
         progress, self._progress = self._progress, Progress()
         self._in_flight = _InFlight(self._x, progress)
         self._x, self._spare = self._spare, self._x
         mean_loss = progress.loss_sum / max(progress.steps, 1)
         scalars = Scalars(mean_loss, progress.samples, progress.steps, float(self._optimizer.param_groups[0]["lr"]))
-        self.exchanges.bytes_up += self._up.bytes
-        self._driver.post(PushWanted(self._update, scalars, self._base))
+        outlived, self._outlived = self._outlived, None
+        try:
+            self._driver.push(self._delta, self._up, self._update, scalars, self._base, outlived)
+        except CodecError as error:
+            self._in_flight, self._progress = None, progress
+            self._reject(str(error))
+        else:
+            self.exchanges.bytes_up += self._up.bytes
 
     def _settled(self, news: core.Settled) -> None:
-        assert self._in_flight is not None
-        if news.outcome == "applied" and news.data is not None:
+        if self._in_flight is None:
+            return  # withdrawn meanwhile
+        if news.outcome == "applied" and news.values is not None:
             self.exchanges.pushed += 1
             self._rejected_in_a_row = 0
             self.exchanges.bytes_down += self._down.bytes
-            self._merge(news.data, self._in_flight.x)
+            self._merge(news.values, self._in_flight.x)
             self._base = news.base
             self._in_flight = None
         elif news.code == Code.FINISHED or news.outcome == "applied":
@@ -364,11 +368,10 @@ class Session:
                 fix="Look for NaN in loss or gradients: a lower learning rate, or a gradient scaler, may help.",
             )
 
-    def _merge(self, data: U8, start: F32) -> None:
+    def _merge(self, reply: F32, start: F32) -> None:
         """x <- merge(reply) + (x now - start); anchor <- reply. start: (elements,) x when it was pushed."""
         n = self._parameters
-        reply = self._anchor
-        self._down.open(data, reply)
+        self._anchor, self._outlived = reply, self._anchor
         now, merged = self._x, self._scratch
         moved = self._progress.steps > 0
         if moved:
@@ -405,8 +408,8 @@ class Session:
             # the session was lost unnoticed; a push that crossed this news is orphaned, and is taken back here
             if self._in_flight is not None:
                 self._progress.add(self._in_flight.progress)
-            start = self._anchor.copy()
-        self._merge(news.data, start)
+            start = self._anchor
+        self._merge(news.values, start)
         self._in_flight = None
         self._base = news.base
         self._discard = self._reanchoring = False

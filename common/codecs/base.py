@@ -68,7 +68,9 @@ class Codec(NamedTuple):
     error_bound: Callable[[F32], F32]
     """x: (n,) -> (n,) largest |decode(encode(x)) - x| allowed per element; the contract suite holds the codec to it."""
     view: Callable[[U8], F32] | None = None
-    """data as checked -> (n,) its values where they lie, for reading; None where decoding has to compute."""
+    """data -> (n,) its values where they lie; None where decoding has to compute."""
+    open: Callable[[U8, F32], None] | None = None
+    """`check` and `decode` in one pass over memory: (data, x), raises CodecError; None where one pass saves nothing."""
 
 
 def expect_bytes(data: U8, expected: int) -> None:

@@ -10,7 +10,9 @@ EXPONENT = np.uint32(0x7F80_0000)
 
 
 def encode(x: F32, out: U8) -> None:
-    if not copy_finite(x.view(np.uint32), out.view(np.uint32), EXPONENT):
+    bits, target = x.view(np.uint32), out.view(np.uint32)
+    in_place = bits.ctypes.data == target.ctypes.data
+    if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, target, EXPONENT)):
         raise non_finite("The vector to encode")
 
 
@@ -22,6 +24,12 @@ def check(data: U8, n: int) -> None:
 
 def decode(data: U8, x: F32) -> None:
     x[:] = data.view(np.float32)
+
+
+def open_(data: U8, x: F32) -> None:
+    expect_bytes(data, x.nbytes)
+    if not copy_finite(data.view(np.uint32), x.view(np.uint32), EXPONENT):
+        raise non_finite("The update")
 
 
 CODEC = Codec(
@@ -38,4 +46,5 @@ CODEC = Codec(
     decode=decode,
     error_bound=np.zeros_like,
     view=lambda data: data.view(np.float32),
+    open=open_,
 )

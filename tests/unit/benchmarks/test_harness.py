@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ class Track:
         @contextmanager
         def opened() -> Iterator[Competitor]:
             try:
-                yield Competitor(lambda: self.log.append(f"ready {name}"), one_round, verify)
+                yield Competitor(lambda: self.log.append(f"ready {name}"), one_round, verify, ())
             finally:
                 self.log.append(f"close {name}")
 
@@ -159,6 +160,25 @@ def test_a_child_that_says_nothing_is_given_up_and_gone() -> None:
         with pytest.raises(BenchmarkError, match=r"within 0\.1 s"):
             deaf.ask("anybody there?", 0.1)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_who_waits_for_its_turn_is_stopped_and_ends_all_the_same() -> None:
+    with harness.child("waiting", _keep_silent) as waiting:
+        turns = harness.competitor(waiting)
+        assert waiting.hear(harness.START_LIMIT_S) == "listening"
+        with turns.turn():
+            assert _comes_to(waiting, "S")
+        assert _comes_to(waiting, "T")
+    assert multiprocessing.active_children() == []
+
+
+def _comes_to(child: harness.Child, expected: str) -> bool:
+    """Whether the process soon is what the system calls by this letter: T stopped, S asleep."""
+    stat, deadline = Path(f"/proc/{child._process.pid}/stat"), time.monotonic() + 5.0
+    while (found := stat.read_text().rpartition(")")[2].split()[0]) != expected and time.monotonic() < deadline:
+        time.sleep(0.01)  # a signal takes effect soon, not at once
+    return found == expected
 
 
 @pytest.mark.slow

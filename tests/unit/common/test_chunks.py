@@ -113,6 +113,13 @@ def test_in_pieces_is_as_in_one(codec: str) -> None:
         made.decode(whole, two, index, index + 1)
     assert one.tobytes() == two.tobytes()
     assert one[layout.parameters :].tobytes() == x[layout.parameters :].tobytes()
+    landed, opened = np.full(made.bytes, 0x55, np.uint8), np.full(layout.elements, np.nan, np.float32)
+    for chunk in reversed(made.chunks):
+        payload = whole[chunk.offset : chunk.offset + chunk.size]
+        made.take(chunk, payload, landed)
+        made.open(chunk, payload, opened)
+    assert landed.tobytes() == whole.tobytes()
+    assert opened.tobytes() == one.tobytes()
     if codec == "fp32":
         assert one.tobytes() == x.tobytes()
 
@@ -133,8 +140,13 @@ def test_each_block_is_checked(codec: str) -> None:
         chunk = next(c for c in made.chunks if c.first <= index < c.last)
         for place in range(end, block.offset + block.size):
             data[place] = 1
+            payload = data[chunk.offset : chunk.offset + chunk.size]
             with pytest.raises(CodecError, match="padding"):
                 made.check(data, chunk)
+            with pytest.raises(CodecError, match="padding"):
+                made.take(chunk, payload, np.zeros(made.bytes, np.uint8))
+            with pytest.raises(CodecError, match="padding"):
+                made.open(chunk, payload, np.zeros(layout.elements, np.float32))
             data[place] = 0
         made.check(data, chunk)
 
@@ -143,3 +155,19 @@ def test_whole_blocks_to_a_megabyte() -> None:
     assert chunks.CHUNK_BYTES == 1 << 20
     made = plan(layout_of(1024, 1, 0), "fp32")
     assert [chunk.size for chunk in made.chunks] == [1 << 20] * 4 + [8]
+
+
+def test_where_encoding_changes_nothing_the_vector_is_encoded_in_place() -> None:
+    layout = layout_of(200, 70_000, 8)
+    made, x = plan(layout, "fp32"), values(layout.elements)
+    data, other = np.zeros(made.bytes, np.uint8), np.zeros(made.bytes, np.uint8)
+    flat = made.in_place(data)
+    assert flat is not None
+    flat[:] = x
+    made.encode(flat, data)
+    made.encode(x, other)
+    assert data.tobytes() == other.tobytes()
+    flat[5] = np.inf
+    with pytest.raises(CodecError):
+        made.encode(flat, data)
+    assert plan(layout_of(200, 70_001, 9), "int8").in_place(np.zeros(10, np.uint8)) is None

@@ -343,6 +343,18 @@ def test_repeat_while_the_first_is_applied_gets_the_answer_of_the_first(layout: 
     assert (ack.number, ack.outcome) == (1, "applied")
 
 
+def test_push_that_its_worker_withdrew_gives_way_to_the_next() -> None:
+    desk = Desk(LARGE)
+    hand = desk.join()
+    begun, *_ = hand.pieces(1)
+    hand.send(begun)
+    assert desk.core.shard is not None
+    hand.heard()
+    ack = hand.push(2)
+    assert (ack.number, ack.outcome) == (2, "applied")
+    assert desk.core.version.version == 1
+
+
 def test_rejected_number_gets_the_original_answer_and_is_no_new_strike() -> None:
     desk = Desk()
     hand = desk.join()

@@ -133,9 +133,10 @@ class Bench:
         else:
             self.hears(announce(None, b""))
 
-    def pushes(self, base: Version = FIRST) -> None:
-        data = np.zeros(self.core.plan("fp32").bytes, np.uint8)
-        self.does(worker.PushWanted(data, SCALARS, base))
+    def pushes(self, base: Version = FIRST, ready: int | None = None, spare: Any = None) -> None:
+        plan = self.core.plan("fp32")
+        data = np.zeros(plan.bytes, np.uint8)
+        self.does(worker.PushWanted(data, SCALARS, base, len(plan.chunks) if ready is None else ready, spare))
 
 
 def joined(layout: Layout = SMALL) -> Bench:
@@ -421,7 +422,7 @@ def test_rejection_and_refusal_are_told_with_their_code() -> None:
     bench.pushes()
     bench.ack(1, Version(1, 0), outcome="rejected", code="non_finite")
     [settled] = bench.news()
-    assert (settled.number, settled.outcome, settled.code, settled.data) == (1, "rejected", "non_finite", None)
+    assert (settled.number, settled.outcome, settled.code, settled.values) == (1, "rejected", "non_finite", None)
     bench.pushes()
     bench.hears(Grant("s", 1, 2, "refuse", 0, "quarantined", "Too many."))
     [settled] = bench.news()
@@ -449,6 +450,76 @@ def test_crash_that_undid_updates_is_told() -> None:
     assert [(one.first, one.last) for one in bench.news(worker.Undone)] == [(2, 3)]
     bench.does(worker.LinkLost())
     assert bench.told(Hello)[-1].resume.last_applied == 1, "it is told once"
+
+
+# Encoding while sending
+
+
+def test_chunks_leave_as_they_are_encoded_and_commit_comes_last() -> None:
+    bench = joined(LARGE)
+    chunks = len(bench.core.plan("fp32").chunks)
+    bench.pushes(ready=0)
+    bench.hears(Grant("s", 1, 1, "go", chunks, "", ""))
+    assert bench.told(Chunk) == []
+    for ready in range(1, chunks + 1):
+        bench.does(worker.Encoded(ready))
+        told = bench.told()
+        assert [m.index for m in told if isinstance(m, Chunk)] == [ready - 1]
+        assert any(isinstance(m, Commit) for m in told) == (ready == chunks)
+    bench.does(worker.Encoded(chunks))
+    assert bench.told() == [], "committed once"
+
+
+def test_on_a_new_connection_only_what_is_encoded_is_sent_again() -> None:
+    bench = joined(LARGE)
+    chunks = len(bench.core.plan("fp32").chunks)
+    bench.pushes(ready=1)
+    bench.hears(Grant("s", 1, 1, "go", chunks, "", ""))
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    bench.told()
+    bench.hears(Grant("s", 2, 1, "go", chunks, "", ""))
+    assert [m.index for m in bench.told(Chunk)] == [0]
+    bench.does(worker.Encoded(chunks))
+    assert [m.index for m in bench.told(Chunk)] == list(range(1, chunks))
+
+
+def test_withdrawn_push_is_forgotten_and_the_next_has_a_number_of_its_own() -> None:
+    bench = joined(LARGE)
+    bench.pushes(ready=0)
+    bench.does(worker.Withdrawn())
+    bench.hears(Grant("s", 1, 1, "go", 8, "", ""))
+    assert bench.news() == []
+    bench.told()
+    bench.pushes()
+    assert [m.number for m in bench.told(Begin)] == [2]
+
+
+@BOTH
+def test_reply_lands_in_the_vector_that_the_trainer_gave_up(layout: Layout) -> None:
+    bench = joined(layout)
+    spare = np.full(layout.elements, np.nan, np.float32)
+    bench.pushes(spare=spare)
+    bench.ack(1, Version(1, 1))
+    [settled] = bench.news()
+    assert settled.values is spare
+    assert (spare == 1.0).all()
+
+
+@BOTH
+def test_reply_that_is_not_finite_raises_doubt_and_is_not_merged(layout: Layout) -> None:
+    bench = joined(layout)
+    bench.does(worker.PullWanted("evaluate"))
+    reply, data = bench.reply(Version(1, 4), 7)
+    broken = data[:-8] + b"\xff" * 8
+    if layout is SMALL:
+        bench.hears(Offer("s", 1, "evaluate", reply, False, broken))
+    else:
+        bench.hears(Offer("s", 1, "evaluate", reply, False))
+        for index, chunk in enumerate(bench.core.plan("fp32").chunks):
+            bench.hears(Chunk("s", 1, 7, index, broken[chunk.offset : chunk.offset + chunk.size]))
+    assert bench.news(worker.Fetched) == []
+    assert bench.core.phase == "greeting"
 
 
 # Pulls
@@ -485,7 +556,7 @@ def test_window_down_is_kept_open_and_never_wider_than_agreed() -> None:
         assert index < until
         bench.hears(Chunk("s", 1, 9, index, data[chunk.offset : chunk.offset + chunk.size]))
     [fetched] = bench.news()
-    assert fetched.data.tobytes() == data
+    assert fetched.values.tobytes() == data
 
 
 @pytest.mark.parametrize("wrong", ["length", "chunk", "index", "codec"])
