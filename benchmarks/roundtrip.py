@@ -131,7 +131,7 @@ def _work(link: Link, elements: int) -> None:
         instance=secrets.token_hex(8),
         library=LIBRARY,
         layout=layout,
-        optimizer=Optimizer("SGD", 0.1, 0.0, 1),
+        optimizer=Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
     )
     up, exact = core.plan(CODEC), core.plan(LOSSLESS)
     reply, weights, update = zeros(elements, np.float32), zeros(exact.bytes, np.uint8), zeros(up.bytes, np.uint8)

@@ -69,6 +69,17 @@ class Binding:
             whole[first:last].copy_(tensor.reshape(-1))
 
     @torch.no_grad()
+    def gather_state(self, optimizer: torch.optim.Optimizer, key: str, flat: NDArray[np.float32]) -> None:
+        """flat: (elements,) <- what the optimizer keeps under `key` for each parameter; zero where it keeps nothing."""
+        whole = torch.from_numpy(flat)
+        for tensor, first, last in self._ranges:
+            kept = optimizer.state[tensor].get(key) if tensor in optimizer.state else None
+            if kept is None:
+                whole[first:last].zero_()
+            else:
+                whole[first:last].copy_(kept.reshape(-1))
+
+    @torch.no_grad()
     def scatter(self, flat: NDArray[np.float32]) -> None:
         """The model's tensors <- flat: (elements,)."""
         whole = torch.from_numpy(flat)

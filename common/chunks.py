@@ -49,6 +49,7 @@ class Plan(NamedTuple):
 
     codec: str
     elements: int
+    """Of the whole vector, of which a fragment's plan has only some blocks."""
     parameter_blocks: int
     """The first so many blocks hold parameters, the others buffers."""
     blocks: tuple[Block, ...]
@@ -58,9 +59,7 @@ class Plan(NamedTuple):
     def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None) -> None:
         """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity."""
         for block in self.blocks[first:last]:
-            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-            block.codec.encode(flat[block.first : block.last], data[block.offset : end])
-            data[end : block.offset + block.size] = 0
+            self.encode_block(block, flat[block.first : block.last], data)
 
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
@@ -109,6 +108,13 @@ class Plan(NamedTuple):
             self.decode_block(block, data, flat[block.first : block.last])
 
     @staticmethod
+    def encode_block(block: Block, x: F32, data: U8) -> None:
+        """data: (bytes,) <- x: (elements of the block,). Raises CodecError for NaN or infinity."""
+        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+        block.codec.encode(x, data[block.offset : end])
+        data[end : block.offset + block.size] = 0
+
+    @staticmethod
     def decode_block(block: Block, data: U8, out: F32) -> None:
         """out: (elements of the block,) <- checked data: (bytes,)."""
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
@@ -124,13 +130,17 @@ class Plan(NamedTuple):
         return scratch[:elements]
 
 
-def plan(layout: Layout, codec_name: str) -> Plan:
-    """The plan of `layout` in the codec of that name."""
+def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1) -> Plan:
+    """The plan of `layout` in the codec of that name; of one of so many fragments, which cut the parameters evenly.
+
+    Buffers travel with the last fragment.
+    """
     codec = codecs.load(codec_name)
+    low, high = (_cut(layout.parameters, index, fragments) for index in (fragment, fragment + 1))
     sections = (
-        (codec, 0, layout.body),
-        (codecs.load(codec.dense), layout.body, layout.parameters),
-        (codecs.load("fp32"), layout.parameters, layout.elements),
+        (codec, low, min(layout.body, high)),
+        (codecs.load(codec.dense), max(layout.body, low), high),
+        (codecs.load("fp32"), layout.parameters, layout.elements if fragment == fragments - 1 else layout.parameters),
     )
     blocks: list[Block] = []
     offset = 0
@@ -142,6 +152,11 @@ def plan(layout: Layout, codec_name: str) -> Plan:
             offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
     return Plan(codec_name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+
+
+def _cut(parameters: int, index: int, fragments: int) -> int:
+    """Where fragment `index` starts."""
+    return parameters * index // fragments
 
 
 def _encoded(block: Block, data: U8, offset: int) -> tuple[U8, int]:

@@ -42,7 +42,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from common import codecs, discovery, rules
 from common.errors import ConfigError
-from common.rules.base import Config
+from common.rules.base import Config, Terms
 
 T = TypeVar("T")
 
@@ -74,6 +74,12 @@ def _address(address: str) -> str:
         f"'{address}' is not an address.",
         fix="An address is tcp://HOST:PORT with a port up to 65535, or ipc://PATH on one machine.",
     )
+
+
+def _terms(values: Mapping[str, Any]) -> Terms:
+    """What a rule may depend on, of a server's settings by name."""
+    lossless = all(codecs.load(values[name]).lossless for name in ("codec", "reply_codec"))
+    return Terms(values["local_steps"], values["overlap"], values["workers"], lossless, values["max_clock_gap"])
 
 
 def _is_public(address: str) -> bool:
@@ -135,9 +141,25 @@ class ServerSettings(Settings):
     codec: CodecName = Field(default="fp32", description="encoding of updates, worker to server")
     reply_codec: CodecName = Field(default="fp32", description="encoding of the center, server to worker")
     local_steps: int = Field(default=1, ge=1, le=1_000_000, description="optimizer steps a worker takes between pushes")
+    local_steps_by_speed: bool = Field(
+        default=False, description="slower workers take fewer steps, so that all push equally often"
+    )
     overlap: bool = Field(default=False, description="workers train on while an exchange is under way")
-    buffers: Literal["average", "local"] = Field(
-        default="average", description="running means and the like: averaged, or left to each worker"
+    workers: int | None = Field(default=None, ge=1, le=65_536, description="workers that are expected")
+    lag_weight: Literal["none", "inverse", "polynomial"] = Field(
+        default="none", description="scale of an update by its lag: 1, 1 / (lag + 1), or (1 + lag)^-lag_exponent"
+    )
+    lag_exponent: float = Field(default=0.5, ge=0, le=10, description="exponent of the polynomial lag weight")
+    max_lag: int | None = Field(default=None, ge=0, le=2**40, description="largest lag of an update, versions")
+    beyond_max_lag: Literal["reject", "weight"] = Field(
+        default="reject",
+        description="an update with a larger lag is rejected, or weighted by (max_lag + 1) / (lag + 1)",
+    )
+    max_clock_gap: int | None = Field(
+        default=None, ge=0, le=2**40, description="pushes that a worker may be ahead of the slowest before it waits"
+    )
+    buffers: Literal["auto", "average", "leader", "local"] = Field(
+        default="auto", description="running means and the like: averaged, the last pushed, left to each worker"
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="start of every random choice of the server")
     # when it ends
@@ -185,6 +207,14 @@ class ServerSettings(Settings):
         """The settings of the rule, all of them, as the rule takes them."""
         return rules.configure(rules.load(self.rule), self.rule_settings)
 
+    def buffers_policy(self) -> str:
+        """`buffers`, with what the rule wants in place of auto: average, leader or local."""
+        return rules.load(self.rule).buffers if self.buffers == "auto" else self.buffers
+
+    def terms(self) -> Terms:
+        """What a rule may depend on beside its own settings."""
+        return _terms({name: getattr(self, name) for name in type(self).model_fields})
+
     def tables(self) -> Mapping[str, BaseModel]:
         """`rule_settings` as the rule's own Config."""
         return {"rule_settings": self.rule_config()}
@@ -209,6 +239,25 @@ class ServerSettings(Settings):
             return value  # refused already, or by the type
         config = _carry(rules.configure, rules.load(info.data["rule"]), value)
         return config.model_dump(mode="json", include=set(value))
+
+    @field_validator("max_clock_gap")
+    @classmethod
+    def _rule_fits(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """The last of the settings that a rule may depend on is here: ask the rule."""
+        known = info.data
+        if not {"rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "workers"} <= known.keys():
+            return value  # refused already
+        rule = rules.load(known["rule"])
+        terms = _terms(known | {"max_clock_gap": value})
+        if refusal := rule.fits(rules.configure(rule, known["rule_settings"]), terms):
+            raise _no(refusal, fix=f"`paramserver rules {rule.name}` tells its settings.")
+        held = rule.rounds or rule.private or rule.schedules
+        if value is not None and held:
+            raise _no(
+                f"max_clock_gap {value} does not go with rule '{rule.name}', which has its own way to wait.",
+                fix="Leave it out, or choose a rule that answers with the center at once, such as downpour.",
+            )
+        return value
 
     @field_validator("max_unsaved_age_s")
     @classmethod
@@ -244,6 +293,7 @@ class WorkerSettings(Settings):
     )
     task: str = Field(default="digits", min_length=1, description="what to train: a built-in task, or FILE.py:FUNCTION")
     device: str = Field(default="cpu", min_length=1, description="torch device to train on, such as cpu or cuda:0")
+    group: int | None = Field(default=None, ge=0, le=1024, description="group to be in, under a rule that has groups")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="start of every random choice of the worker")
     connect_timeout_s: float = Field(
         default=30, gt=0, le=86_400, description="wait at start for a server that is not there yet"
@@ -425,6 +475,8 @@ def _refusal(model: type[Settings], first: ErrorDetails, origins: Mapping[str, s
         )
     match first.get("ctx"):
         case {"error": ValueError(args=(ConfigError() as own,))}:
+            if origins.get(name) == "default":  # what does not fit is another setting
+                return own
             return ConfigError(f"{own.sentence} It is setting '{name}'{where}.", fix=own.fix)
     message = first["msg"][0].lower() + first["msg"][1:]
     return ConfigError(

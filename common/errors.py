@@ -51,6 +51,7 @@ class Code(StrEnum):
     NON_FINITE = "non_finite"  # NaN or infinity in an update
     BASE_VERSION = "base_version"  # based on a version this server never had
     RULE = "rule"  # the rule itself refuses it
+    LAG = "lag"  # the center moved too far since the update's base
     DIVERGED = "diverged"  # the center is no longer finite
     # durability
     DEGRADED = "degraded"  # nothing could be saved for too long

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of this protocol. A peer with another is refused with a sentence, before anything else is read."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -53,6 +53,8 @@ class Optimizer:
     lr: float
     momentum: float
     groups: int
+    nesterov: bool
+    dampening: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Hello:
     fingerprint: str
     elements: int
     codecs: tuple[str, ...]
+    host: str
+    """Machine it runs on: groups may be one per host."""
+    group: int | None = None
+    """The group it wants to be in, under a rule that has groups; None leaves it to the server."""
     optimizer: Optimizer | None = None
     resume: Resume | None = None
     payload: Buffer = b""
@@ -114,6 +120,8 @@ class Begin:
     connection: int
     kind: Literal["init", "push"]
     number: int
+    fragment: int
+    """The part of the vector that is pushed, under a rule that cuts it; else 0."""
     codec: str
     bytes: int
     base: Version
@@ -193,6 +201,8 @@ class Ack:
     """What is at or below this survives kill -9 and power loss of the server."""
     weight: float
     finished: bool
+    local_steps: int
+    """H from now on, before the rule's own schedule."""
     reply: Reply | None = None
     payload: Buffer = b""
 
@@ -207,13 +217,18 @@ class More:
     until: int
 
 
+Purpose: TypeAlias = Literal["anchor", "evaluate", "order"]
+
+
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Asks for the center. `anchor`: the worker goes on from it; `evaluate`: it only looks."""
+    """Asks for the center. `anchor`: the worker goes on from it; `evaluate`: it only looks; `order`: it was told to
+    pull from the rule's `source`, such as a leader."""
 
     session: str
     connection: int
-    purpose: Literal["anchor", "evaluate"]
+    purpose: Purpose
+    source: str
     minimum: Version
     merged: int
 
@@ -224,10 +239,38 @@ class Offer:
 
     session: str
     connection: int
-    purpose: Literal["anchor", "evaluate"]
+    purpose: Purpose
+    source: str
     reply: Reply
     finished: bool
     payload: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Under a rule that schedules: so many optimizer steps and samples are done in all, the last step with this loss;
+    `orders`: the last order that was carried out. Said after every step, and again on a new connection."""
+
+    session: str
+    connection: int
+    steps: int
+    samples: int
+    loss: float
+    orders: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Under a rule that schedules: upload the parameters, pull from these sources in this order, then train until so
+    many steps are done in all. `id` grows; the latest order counts."""
+
+    session: str
+    connection: int
+    id: int
+    upload: bool
+    pull: tuple[str, ...]
+    until: int
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +330,8 @@ Message: TypeAlias = (
     | More
     | Pull
     | Offer
+    | Report
+    | Order
     | Beat
     | Bye
     | Fault

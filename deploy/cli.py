@@ -123,7 +123,7 @@ def serve(
     voice.say("info", "Stopped.")
 
 
-@takes_settings(app, "WorkerSettings", only=("name", "task", "device", "seed", "connect_timeout_s"))
+@takes_settings(app, "WorkerSettings", only=("name", "task", "device", "group", "seed", "connect_timeout_s"))
 def worker(
     address: str | None = typer.Argument(None, help="the server's, from its join line", show_default=False),
     config: Path | None = CONFIG,

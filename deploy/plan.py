@@ -89,6 +89,7 @@ def make(
         chosen["bind"] = ("tcp://127.0.0.1:0",)
     if settings.budget_updates is settings.budget_samples is settings.budget_s is None:
         chosen["budget_updates"] = UPDATES_PER_WORKER * len(devices)
+    chosen["workers"] = len(devices)
     if settings.directory is None:
         chosen["directory"] = _fresh_directory(f"{settings.rule}-{Path(task.partition('.py')[0]).name}")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}

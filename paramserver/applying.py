@@ -1,28 +1,32 @@
 """From a complete update to its Ack: the rule decides, the shard computes, the reply leaves. Pure.
 
 Laws
-* The center changes here and nowhere else, once per decided push, in the order of work.
+* The center changes here (and where rounds close, in `deciding`) and nowhere else, in the order of work.
 * A push is counted, logged and decided in the same event that saw its kernel done; its reply is the center of exactly
-  that version (or of the one before, where the rule says so).
-* An update whose budget ran out while it waited is refused, so a budget of updates is exact.
+  that version (or what else the rule says).
+* A push whose reply the rule does not give at once is *held*: folded into the rule's state, its slot freed.
+* An update whose budget ran out while it waited is refused, so a budget of updates is exact where updates are not held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from common.codecs.base import F32
-from common.messages import Ack, Reply, Scalars, Version
-from common.rules.base import Apply, Facts
-from common.rules.base import Reply as ReplyWith
+from common.errors import PeerError
+from common.messages import Ack, Reply, Scalars
+from common.rules.base import Accumulate, Apply, Effect, Exchange, Facts, changes_center, reply_to, weighted
+from common.rules.base import Reply as Answer
+from paramserver.deciding import Deciding
 from paramserver.downlink import Downlink
 from paramserver.order import Job, WorkOrder
-from paramserver.session import Decision, Session, Transfer
-from paramserver.shard import Work
+from paramserver.session import Decision, Owed, Session, Transfer
+from paramserver.shard import CENTER, Work, source_of
 from paramserver.slots import Slot
 from paramserver.state import Outbox, ServerState
 from paramserver.status import Throughput
@@ -32,27 +36,48 @@ DETAILS_INTERVAL_S = 0.1
 """A rule's own figures are worked out at most this often."""
 
 
+@dataclass(slots=True)
+class _Push:
+    """One push in the order of work, and what was decided of it when its turn came."""
+
+    session: Session
+    transfer: Transfer
+    facts: Facts | None = None
+    effects: Sequence[Effect] = ()
+    answer: Answer | None = None
+    late: bool = False
+
+
 class Applying:
-    """Complete pushes, one after the other."""
+    """Complete pushes, one after the other. `give_late` answers those who are no longer too far ahead."""
 
     def __init__(
-        self, state: ServerState, out: Outbox, order: WorkOrder, downlink: Downlink, rates: Throughput
+        self,
+        state: ServerState,
+        out: Outbox,
+        order: WorkOrder,
+        downlink: Downlink,
+        rates: Throughput,
+        deciding: Deciding,
+        give_late: Callable[[], None],
     ) -> None:
         self._state = state
         self._out = out
         self._order = order
         self._downlink = downlink
         self._rates = rates
+        self._deciding = deciding
+        self._give_late = give_late
         self._last_details = float("-inf")
 
     def add(self, session: Session, transfer: Transfer, uplink: Uplink) -> None:
         """Put a complete push into the order of work."""
-        facts: list[tuple[Facts, float]] = []
+        push = _Push(session, transfer)
         self._order.add(
             Job(
                 f"push {transfer.begin.number} of {session.worker}",
-                lambda: self._start(session, transfer, uplink, facts),
-                lambda results: self._finish(session, transfer, uplink, *facts[0], results),
+                lambda: self._start(push, uplink),
+                lambda results: self._finish(push, uplink, results),
             )
         )
 
@@ -70,6 +95,7 @@ class Applying:
             self._state.durable,
             d.weight,
             bool(self._state.finished),
+            self._state.local_steps_of(session),
             reply,
             payload,
         )
@@ -78,6 +104,26 @@ class Applying:
         """Answer a push without a reply."""
         session.answered_connection = session.connection
         self._out.tell(session, self.answer(session))
+
+    def send_owed(self, session: Session) -> None:
+        """The very same reply once more."""
+        owed = session.owed
+        assert owed is not None
+        owed.readers += 1
+        session.answered_connection = session.connection
+        session.pace.since = self._state.now
+        self._out.add(
+            self._downlink.offer(
+                partial(self.answer, session),
+                owed.slot.reply,
+                self._state.hosted.shard.downs[session.decision.fragment],
+                owed.version,
+                (session.token, session.connection, session.peer),
+                owed.read,
+                now=self._state.now,
+                of_push=True,
+            )
+        )
 
     def diverge(self, session: Session) -> None:
         """The center is no longer finite: take nothing more, and keep the last checkpoint."""
@@ -91,95 +137,113 @@ class Applying:
             )
             self._out.record("diverged", worker=session.worker, version=state.version.version)
 
-    def _start(
-        self, session: Session, transfer: Transfer, uplink: Uplink, decided: list[tuple[Facts, float]]
-    ) -> Work | None:
-        if refusal := uplink.refusal(session):
+    def _start(self, push: _Push, uplink: Uplink) -> Work | None:
+        """The rule decides; the work that follows, or None where the push is refused."""
+        session, transfer = push.session, push.transfer
+        try:
+            if refusal := uplink.refusal(session):
+                raise refusal
+            state, shard = self._state, self._state.hosted.shard
+            slot, scalars = _complete(transfer)
+            facts = Facts(
+                session.worker,
+                transfer.begin.number,
+                scalars.steps,
+                state.lag(transfer.begin.base),
+                scalars.loss,
+                scalars.samples,
+                scalars.lr,
+                state.training_s,
+                transfer.begin.fragment,
+            )
+            weight = state.lag_weight(facts.lag_versions)
+            shard.decisions, effects = state.rule.admit(state.config, shard.decisions, facts)
+        except PeerError as error:
             uplink.drop(session)
-            version = self._state.version
-            uplink.decide(session, Decision(transfer.begin.number, "rejected", refusal.code, str(refusal), version))
+            uplink.decide(
+                session, Decision(transfer.begin.number, "rejected", error.code, str(error), self._state.version)
+            )
             return None
-        state, shard = self._state, self._state.hosted.shard
-        slot, scalars = _complete(transfer)
-        facts = Facts(
-            session.worker,
-            transfer.begin.number,
-            scalars.steps,
-            self._lag(transfer.begin.base),
-            scalars.loss,
-            scalars.samples,
-            scalars.lr,
+        push.facts, push.effects = facts, weighted(effects, weight)
+        session.pace.pushed(facts.steps, transfer.since)
+        session.clock += 1
+        push.answer = reply_to(session.worker, effects)
+        if push.answer is not None and state.too_far_ahead(session):
+            push.answer, push.late = None, True
+        return shard.push_work(
+            facts.fragment,
+            slot.update,
+            session.arrays,
+            push.effects,
+            push.answer,
+            slot.reply,
+            self._buffers(session, facts.fragment),
         )
-        shard.decisions, effects = state.rule.admit(state.config, shard.decisions, facts)
-        weight = 1.0
-        what: Literal["before", "after"] = "after"
-        for effect in effects:
-            match effect:
-                case Apply(weight=given):
-                    weight = given
-                case ReplyWith(what=given_what):
-                    what = given_what
-        decided.append((facts, weight))
-        return shard.apply_work(slot.update, session.arrays, weight, slot.reply, what, self._buffers(session))
 
-    def _finish(
-        self,
-        session: Session,
-        transfer: Transfer,
-        uplink: Uplink,
-        facts: Facts,
-        weight: float,
-        results: Sequence[bool],
-    ) -> None:
-        state, shard = self._state, self._state.hosted.shard
-        slot, _ = _complete(transfer)
-        shard.advance()
+    def _finish(self, push: _Push, uplink: Uplink, results: Sequence[bool]) -> None:
+        state, shard, session = self._state, self._state.hosted.shard, push.session
+        facts = push.facts
+        assert facts is not None
+        slot, _ = _complete(push.transfer)
+        before = shard.version
+        shard.generation += 1
+        if changed := changes_center(push.effects):
+            shard.advance()
+        weight = next((e.weight for e in push.effects if isinstance(e, Apply | Accumulate | Exchange)), 0.0)
         session.transfer = None
-        session.decision = Decision(facts.number, "applied", "", "", shard.version, weight)
+        session.late = push.late
+        held = push.answer is None
+        answered = push.answer or next((e for e in push.effects if isinstance(e, Answer)), None)
+        source = source_of(answered) or CENTER
+        session.decision = Decision(
+            facts.number, "held" if held else "applied", "", "", shard.version, weight, facts.fragment, source
+        )
         session.answered_connection = session.connection
         session.last_progress = state.now
-        session.counters.applied(facts, shard.down.bytes)
-        state.budget.updates += 1
-        state.budget.samples += facts.samples
-        self._rates.add(state.now, facts.samples)
-        self._log(session, facts, weight)
+        silent = held or (answered is not None and answered.what == "nothing")
+        bytes_down = 0 if silent else shard.downs[facts.fragment].bytes
+        reported = state.rule.schedules
+        session.counters.applied(facts, bytes_down, counted=reported)
+        state.budget.updates += 0 if reported else 1  # where steps are reported, each of them is one
+        state.budget.samples += 0 if reported else facts.samples
+        self._rates.add(state.now, 0 if reported else facts.samples)
+        self._log(session, facts, weight, bytes_down)
         if not all(results):
             self.diverge(session)
             uplink.give(slot)
             self._out.tell(session, self.answer(session))
             return
-        # finished is told with the Ack of the update that used the budget up
-        state.end_if_used_up()
-        self._out.add(
-            self._downlink.offer(
-                partial(self.answer, session),
-                slot.reply,
-                shard.down,
-                shard.version,
-                (session.token, session.connection, session.peer),
-                lambda: uplink.give(slot),
-                now=state.now,
-                of_push=True,
-            )
-        )
+        # finished is told with the Ack of the update that used the budget up, and never in the middle of a round
+        if changed or not held:
+            state.end_if_used_up()
+        if silent:
+            uplink.give(slot)
+            self._out.tell(session, self.answer(session))
+        else:
+            version = before if push.answer is not None and push.answer.what == "before" else shard.version
+            session.owed = Owed(slot, version, lambda: uplink.give(slot))
+            self.send_owed(session)
+            if state.rule.lost_reply == "reanchor":
+                session.owed.settle()
+                session.owed = None
+        self._deciding.carry_out(push.effects, pusher=session)
+        self._give_late()
 
-    def _lag(self, base: Version) -> int:
-        """Versions between what the worker started from and now; a base that a crash undid counts as recovered."""
-        state = self._state
-        start = base.version if base.epoch == state.epoch else min(base.version, state.recovered.version)
-        return max(state.version.version - start, 0)
-
-    def _buffers(self, session: Session) -> list[F32]:
+    def _buffers(self, session: Session, fragment: int) -> list[F32]:
         """The members' last float buffers, this session's first; none where buffers stay local."""
-        size = self._state.hosted.shard.layout.buffers
-        if self._state.settings.buffers == "local" or not size:
+        shard = self._state.hosted.shard
+        size = shard.layout.buffers
+        policy = self._state.settings.buffers_policy()
+        if policy == "local" or not size or fragment != len(shard.ups) - 1:
             return []
         if session.buffers is None:
             session.buffers = np.zeros(size, np.float32)
+        if policy == "leader":
+            return [session.buffers]
         others = [s.buffers for s in self._state.members if s is not session and s.buffers is not None]
         return [session.buffers, *others]
 
-    def _log(self, session: Session, facts: Facts, weight: float) -> None:
+    def _log(self, session: Session, facts: Facts, weight: float, bytes_down: int) -> None:
         state, shard = self._state, self._state.hosted.shard
         values: dict[str, Any] = {
             "worker": session.worker,
@@ -190,13 +254,13 @@ class Applying:
             "loss": facts.loss,
             "samples": facts.samples,
             "steps": facts.steps,
-            "bytes_up": shard.up.bytes,
-            "bytes_down": shard.down.bytes,
+            "bytes_up": shard.ups[facts.fragment].bytes,
+            "bytes_down": bytes_down,
         }
         if state.now - self._last_details >= DETAILS_INTERVAL_S:
             self._last_details = state.now
             values |= state.rule.details(state.config, shard.stats)
-        self._out.record("apply", **values)
+        self._out.record("apply", **values, **state.rule.figures(state.config, shard.decisions))
 
 
 def _complete(transfer: Transfer) -> tuple[Slot, Scalars]:

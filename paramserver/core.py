@@ -9,14 +9,14 @@ Laws
 * (epoch, version) only grows.
 
 This file is the door: it finds the session a message belongs to, hands it to the part whose business it is, and lets
-time pass. The parts: `joining`, `initial`, `uplink`, `applying`, `pulls`, `downlink`, `durability`; what they share is
-`state`.
+time pass. The parts: `joining`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `durability`; what
+they share is `state`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import wire
@@ -36,11 +36,13 @@ from common.messages import (
     Pull,
     Push,
     Query,
+    Report,
     Version,
 )
 from common.node import JobDone, Received, Released, Tick, Unsendable
 from paramserver import durability, status
 from paramserver.applying import Applying
+from paramserver.deciding import Deciding
 from paramserver.downlink import Downlink
 from paramserver.durability import Durability, Recovered, Save, Saved, SaveFailed
 from paramserver.initial import InitialWeights
@@ -55,6 +57,7 @@ from paramserver.uplink import Uplink
 __all__ = ["Exit", "Recovered", "Save", "SaveFailed", "Saved", "ServerCore", "Stop"]
 
 
+WAITS_S = 30.0
 RECORDS_LIMIT = 4096
 """Sessions that are over and still remembered, at most."""
 
@@ -82,8 +85,17 @@ class ServerCore:
         self.order = WorkOrder()
         self.downlink = Downlink()
         self.rates = status.Throughput()
-        self.applying = Applying(self.state, self.out, self.order, self.downlink, self.rates)
-        self.pulls = Pulls(self.state, self.out, self.order, self.downlink, self.applying)
+        self.deciding = Deciding(self.state, self.out, self.order, lambda session: self.pulls.answer_held(session))
+        self.applying = Applying(
+            self.state,
+            self.out,
+            self.order,
+            self.downlink,
+            self.rates,
+            self.deciding,
+            give_late=lambda: self.pulls.answer_late(),
+        )
+        self.pulls = Pulls(self.state, self.out, self.order, self.downlink, self.applying, self.deciding)
         self.initial = InitialWeights(self.state, self.out, self.order, lambda session: self.joining.welcome(session))
         self.uplink = Uplink(
             self.state,
@@ -105,6 +117,9 @@ class ServerCore:
         """Sessions that end as soon as their push is decided: why, and their connection."""
         self._goodbye_said = False
         self._exited = False
+        self._waits_due: float | None = None
+        """When to say who is waited for."""
+        self._waited_for: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<ServerCore {self.settings.rule} at {self.version}, {len(self.members)} workers, {self.order!r}>"
@@ -179,7 +194,8 @@ class ServerCore:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
         times = [self._sweep_due, state.now + self.settings.lease_s / 4]
-        times += [t for t in (self.initial.deadline, self.durability.deadline) if t is not None]
+        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline, self._waits_due)
+        times += [t for t in deadlines if t is not None]
         if not state.finished and (end := state.budget.end()) is not None:
             times.append(end)
         return min(times)
@@ -227,6 +243,9 @@ class ServerCore:
             case Beat():
                 if session := self._session(message, peer):
                     self._beat(session, message)
+            case Report():
+                if session := self._session(message, peer):
+                    self._report(session, message)
             case Bye():
                 if session := self._session(message, peer):
                     self.out.tell(session, Bye(session.token, session.connection, "as you wish"))
@@ -269,6 +288,24 @@ class ServerCore:
         if session.waits_for_init:
             self.joining.welcome(session)
 
+    def _report(self, session: Session, report: Report) -> None:
+        """Progress under a rule that schedules. An order that was perhaps not heard is said again."""
+        if not self.state.rule.schedules:
+            raise PeerError(Code.UNEXPECTED, f"Rule '{self.settings.rule}' takes no reports.")
+        if report.steps > session.progress_steps:
+            session.last_progress = self.state.now
+        steps, samples = session.counters.reported(report.steps, report.samples, report.loss)
+        session.progress_steps = session.counters.steps
+        self.state.budget.updates += steps
+        self.state.budget.samples += samples
+        self.rates.add_samples(self.state.now, samples)
+        order = session.order
+        if order is not None and report.orders < order.id and order.connection != session.connection:
+            session.order = replace(order, connection=session.connection)
+            self.out.tell(session, session.order)
+        if session.enrolled and not self.state.finished:
+            self.deciding.report(session, report.steps, report.loss)
+
     def _unsendable(self, peer: bytes, reason: str) -> None:
         """Whoever cannot be written to must dial again; the lease goes on."""
         for session in self.sessions.values():
@@ -300,11 +337,28 @@ class ServerCore:
                 if session.connection == connection:  # else it has come back meanwhile
                     self._end(session, reason)
         self.initial.ask_next()
+        self.deciding.tick()
+        self.pulls.answer_late()
+        self._say_who_is_waited_for()
         state.end_if_used_up()
         if state.finished and not self._goodbye_said:
             self._finish()
         if not state.stopping:
             self.durability.tick()
+
+    def _say_who_is_waited_for(self) -> None:
+        """No wait is longer than `WAITS_S` without a line that says for whom."""
+        now, names = self.state.now, tuple(self.state.waited_for)
+        if not names and any(session.late for session in self.members):
+            names = ("the slowest worker",)
+        if not names or self.state.finished:
+            self._waits_due = None
+        elif self._waits_due is None or names != self._waited_for:
+            self._waits_due = now + WAITS_S
+        elif now >= self._waits_due:
+            self._waits_due = now + WAITS_S
+            self.out.say("warning", f"The others wait for {', '.join(names)} since {WAITS_S:g} s or more.")
+        self._waited_for = names
 
     def _sweep(self) -> None:
         """End what is silent, forget what is old. Leases only get longer, so the next sweep is due with the first."""
@@ -323,8 +377,11 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        if (shard := self.shard) and (run := self.order.next(len(shard.up.blocks), shard.up.elements)):
-            self.out.add(run)
+        if self.shard:
+            for _ in range(2):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
+                if run := self.order.next():
+                    self.out.add(run)
+                self.pulls.serve()
         if self.state.stopping and not self._exited and len(self.order) == 0 and not self.durability.saving:
             if self.durability.needed and not self.durability.gave_up:
                 self.durability.save()
@@ -346,9 +403,7 @@ class ServerCore:
         session.end(self.state.now)
         self._forget_beyond_limit(session)
         if session.role == "worker":
-            state = self.state
-            if (shard := self.shard) is not None:
-                shard.decisions, _ = state.rule.leave(state.config, shard.decisions, session.worker)
+            self.deciding.dismiss(session)
             self.out.say("info", f"{session.worker} left ({reason}); {len(self.members)} workers.")
         self.out.record(
             "leave", worker=session.worker, role=session.role, reason=reason, updates=session.counters.updates
@@ -401,7 +456,8 @@ class ServerCore:
         slots = self.state.model.slots
         slots.validate()
         self.state.model.snapshots.validate()
-        held = [s.transfer.slot.index for s in self.sessions.values() if s.transfer and s.transfer.slot]
+        owed = [s.owed.slot.index for s in self.sessions.values() if s.owed]
+        held = [s.transfer.slot.index for s in self.sessions.values() if s.transfer and s.transfer.slot] + owed
         assert len(held) == len(set(held)), "a slot has two owners"
         assert len(held) <= slots.taken <= len(held) + len(self.downlink), (
             f"a slot lost its owner: {held}, {slots!r}, {len(self.downlink)} replies"

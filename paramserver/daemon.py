@@ -23,16 +23,17 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from common import chunks, rules, transports
+from common import rules, transports
 from common.codecs.base import BLOCK_ELEMENTS
 from common.config import ServerSettings
-from common.errors import KernelError, ParamserverError, StateError
+from common.errors import KernelError, ParamserverError, PeerError, StateError
 from common.layout import Layout, Tensor
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
+from common.rules.base import Facts, Member, reply_to
 from paramserver.checkpoint import Directory
 from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
 from paramserver.kernel_pool import KernelPool
-from paramserver.shard import Shard
+from paramserver.shard import CENTER, Shard, Work
 from paramserver.telemetry import RunLog
 
 BATCH_MESSAGES = 64
@@ -40,6 +41,8 @@ BATCH_MESSAGES = 64
 RELEASE_POLL_S = 0.002
 """While the transport reads our buffers, it is asked this often whether it is done."""
 CORE_THREADS_LIMIT = 8
+WARM_PUSHES = 2
+"""Pushes of one worker alone: enough for a rule that does something else with the second."""
 SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that kernels do not keep the loop waiting."""
 
@@ -264,21 +267,33 @@ def warm(settings: ServerSettings) -> None:
             Tensor("buffer", (3,), "float32", "buffer"),
         )
     )
-    rule = rules.load(settings.rule)
+    rule, config = rules.load(settings.rule), settings.rule_config()
     shard = Shard(
-        layout,
-        rule,
-        settings.rule_config(),
-        overlap=settings.overlap,
-        codec=settings.codec,
-        reply_codec=settings.reply_codec,
-        epoch=0,
+        layout, rule, config, settings.terms(), codec=settings.codec, reply_codec=settings.reply_codec, epoch=0
     )
-    update, reply = np.zeros(shard.up.bytes, np.uint8), np.zeros(shard.down.bytes, np.uint8)
-    shard.up.encode(shard.center, update)
-    for plan, data in ((shard.up, update), (chunks.plan(layout, "fp32"), np.zeros(shard.exact.bytes, np.uint8))):
-        for chunk in plan.chunks:
-            plan.check(data, chunk)
-    session, scratch, blocks = shard.session_arrays(), np.zeros(BLOCK_ELEMENTS, np.float32), len(shard.up.blocks)
-    shard.anchor_work(session, reply)(0, blocks, scratch)
-    shard.apply_work(update, session, 1.0, reply, "after", [np.zeros(3, np.float32)])(0, blocks, scratch)
+    scratch = np.zeros(BLOCK_ELEMENTS, np.float32)
+
+    def run(work: Work) -> None:
+        work.run(0, work.parts, scratch)
+
+    exact = np.zeros(shard.exact.bytes, np.uint8)
+    for chunk in shard.exact.chunks:
+        shard.exact.take(chunk, exact[chunk.offset : chunk.offset + chunk.size].copy(), exact)
+    run(shard.load_work(exact))
+    session = shard.session_arrays()
+    run(shard.read_work(np.zeros(shard.down.bytes, np.uint8), CENTER, None, session, "anchor"))
+    decisions, _ = rule.join(config, shard.decisions, Member("warm"), 0.0)
+    for fragment, up in enumerate(shard.ups):
+        update, reply = np.zeros(up.bytes, np.uint8), np.zeros(shard.downs[fragment].bytes, np.uint8)
+        up.encode(shard.center, update)
+        for chunk in up.chunks:
+            up.take(chunk, update[chunk.offset : chunk.offset + chunk.size].copy(), update)
+        for number in range(1, WARM_PUSHES + 1):
+            facts = Facts("warm", number, 1, 0, 0.0, 1, 0.1, 0.0, fragment)
+            try:
+                decisions, effects = rule.admit(config, decisions, facts)
+            except PeerError:  # under a rule that schedules, nobody pushes unasked
+                break
+            answer = reply_to("warm", effects)
+            buffers = [np.zeros(3, np.float32)]
+            run(shard.push_work(fragment, update, session, effects, answer, reply, buffers))

@@ -109,9 +109,10 @@ class Durability:
 
         def start() -> Work:
             sources.update(self._arrays())
-            kept = {name: a for name, a in self._shadow.items() if name in sources and a.size == sources[name].size}
+            kept = {name: a for name, a in self._shadow.items() if name in sources and a.shape == sources[name].shape}
             self._shadow = {
-                name: kept[name] if name in kept else zeros(source.size, np.float32) for name, source in sources.items()
+                name: kept[name] if name in kept else zeros(source.size, np.float32).reshape(source.shape)
+                for name, source in sources.items()
             }
             shard = self._state.hosted.shard
             return shard.copy_work(list(sources.values()), [self._shadow[name] for name in sources])
@@ -144,7 +145,7 @@ class Durability:
         return self._failures > 0
 
     def _copied(self, results: Sequence[bool]) -> None:
-        arrays = dict(self._shadow)
+        arrays = {name: array.reshape(-1) for name, array in self._shadow.items()}
         for session in self._state.members:
             if session.buffers is not None:
                 arrays[f"buffers.{session.token}"] = session.buffers.copy()
@@ -183,7 +184,7 @@ def restore(state: ServerState, recovered: Recovered) -> None:
     record, arrays, shard = recovered.record, recovered.arrays, state.hosted.shard
     shard.center[:] = arrays["center"]
     for name, array in shard.state._asdict().items():
-        array[:] = arrays[f"state.{name}"]
+        array[...] = arrays[f"state.{name}"].reshape(array.shape)
     shard.decisions = record["decisions"]
     state.recovered = state.durable = Version(*record["version"])
     shard.version = Version(state.epoch, state.recovered.version)
@@ -194,6 +195,8 @@ def restore(state: ServerState, recovered: Recovered) -> None:
         session = Session.recall(remembered, state.now, state.settings.lease_s)
         state.sessions[session.token] = session
         session.buffers = arrays.get(f"buffers.{session.token}")
+        if session.live and state.rule.private:
+            session.anchored = False  # what it holds went on without us
         if session.live and session.anchored:
             _restore_arrays(session, shard.session_arrays(), arrays)
 

@@ -95,7 +95,7 @@ class InitialWeights:
         if session.transfer is not None:
             return None
         shard = self._state.hosted.shard
-        intake.check_begin(begin, shard.exact, Version(self._state.epoch, 0))
+        intake.check_begin(begin, (shard.exact,), Version(self._state.epoch, 0))
         self._data = zeros(shard.exact.bytes, np.uint8)
         session.transfer = Transfer(
             begin, session.connection, self._state.now, received=bytearray(len(shard.exact.chunks))
@@ -140,6 +140,7 @@ class InitialWeights:
                 state.durable,
                 1.0,
                 False,
+                state.settings.local_steps,
             ),
         )
         for other in state.sessions.values():

@@ -6,6 +6,8 @@ one by one, each checked as it lands (`take_chunk`) -> `check_complete` -> apply
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from common.chunks import Plan
@@ -15,8 +17,11 @@ from common.messages import Begin, Buffer, Version
 from paramserver.session import Transfer
 
 
-def check_begin(begin: Begin, plan: Plan, version: Version) -> None:
-    """The codec is the agreed one, the length is the codec's formula, the base is a version there was."""
+def check_begin(begin: Begin, plans: Sequence[Plan], version: Version) -> None:
+    """The fragment exists, the codec is the agreed one, the length is its formula, the base is a version there was."""
+    if begin.fragment >= len(plans):
+        raise PeerError(Code.BAD_CHUNK, f"Fragment {begin.fragment} of {len(plans)} does not exist.")
+    plan = plans[begin.fragment]
     if begin.codec != plan.codec:
         raise PeerError(Code.UNKNOWN_CODEC, f"The transfer is in codec '{begin.codec}', agreed is '{plan.codec}'.")
     if begin.bytes != plan.bytes:

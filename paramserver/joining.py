@@ -16,7 +16,7 @@ from typing import Literal
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
 from common.messages import Hello, Scalar, Welcome
-from common.rules.base import OptimizerFacts
+from common.rules.base import Member, OptimizerFacts
 from paramserver import memory
 from paramserver.downlink import Downlink
 from paramserver.initial import InitialWeights
@@ -92,9 +92,11 @@ class Joining:
             "rule": s.rule,
             "codec": s.codec,
             "reply_codec": s.reply_codec,
-            "local_steps": s.local_steps,
+            "local_steps": state.local_steps_of(session),
             "overlap": s.overlap,
-            "buffers": s.buffers,
+            "schedules": state.rule.schedules,
+            "fragments": state.rule.fragments(state.config),
+            "buffers": s.buffers_policy(),
             "lease_s": s.lease_s,
             "window_chunks": s.window_chunks,
             "finished": bool(state.finished),
@@ -127,12 +129,12 @@ class Joining:
             layout,
             state.rule,
             state.config,
-            overlap=s.overlap,
+            s.terms(),
             codec=s.codec,
             reply_codec=s.reply_codec,
             epoch=state.epoch,
         )
-        slots = Slots(plan.slots, shard.up.bytes, shard.down.bytes)
+        slots = Slots(plan.slots, max(up.bytes for up in shard.ups), max(down.bytes for down in shard.downs))
         state.model = Hosted(shard, slots, Snapshots(shard.down.bytes))
         workers = max(len(state.members), 1)
         self._out.say("info", f"Model of {layout.parameters:,} parameters. {plan.sentence(workers)}")
@@ -196,6 +198,8 @@ class Joining:
             connection=state.next_connection(),
             lease_end=state.now + state.settings.lease_s,
             joined=state.now,
+            host=hello.host,
+            group=hello.group,
             last_seen=state.now,
             last_progress=state.now,
         )
@@ -237,7 +241,8 @@ class Joining:
                 )
         if hello.optimizer is not None:
             o = hello.optimizer
-            if refusal := state.rule.accept(state.config, OptimizerFacts(o.name, o.lr, o.momentum, o.groups)):
+            facts = OptimizerFacts(o.name, o.lr, o.momentum, o.groups, o.nesterov, o.dampening)
+            if refusal := state.rule.accept(state.config, facts):
                 raise PeerError(Code.OPTIMIZER, refusal)
         layout = Layout.parse(hello.payload, elements_limit=state.settings.max_elements)
         if state.model is not None and layout != state.model.shard.layout:
@@ -248,8 +253,22 @@ class Joining:
             )
         if hello.role == "worker":
             self._check_memory(layout, newcomers=joined is None or not joined.member)
+            if joined is None:
+                self._check_group(hello)
             if state.model is None:
                 self.host(layout)
+
+    def _check_group(self, hello: Hello) -> None:
+        """Whether the rule would take it as a member: tried, and thrown away."""
+        state = self._state
+        decisions = (
+            state.model.shard.decisions if state.model else state.rule.start(state.config, state.settings.terms())
+        )
+        member = Member(hello.worker, hello.host, -1 if hello.group is None else hello.group)
+        try:
+            state.rule.join(state.config, decisions, member, state.training_s)
+        except ConfigError as error:
+            raise PeerError(Code.RULE, error.sentence, fix=error.fix) from None
 
     def _check_memory(self, layout: Layout, *, newcomers: bool) -> None:
         limit = self._state.settings.memory_limit_mib

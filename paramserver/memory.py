@@ -5,7 +5,7 @@ center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + che
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common import chunks, rules
 from common.config import ServerSettings
@@ -48,13 +48,13 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     config = settings.rule_config()
     up, down = chunks.plan(layout, settings.codec), chunks.plan(layout, settings.reply_codec)
     vector = FLOAT_BYTES * layout.parameters
-    session_arrays = len(rule.session(config, settings.overlap, 0, "float32"))
+    session_vectors = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     snapshots = BUFFERS * down.bytes
     count = slot_count((settings.pool_mib << 20) - snapshots, up.bytes + down.bytes, settings.max_sessions)
     return MemoryPlan(
         center=FLOAT_BYTES * layout.elements,
-        rule_state=len(rule.state(config, settings.overlap, 0, "float32")) * vector,
-        per_session=session_arrays * vector + FLOAT_BYTES * layout.buffers,
+        rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
+        per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         slots=count,
         pool=count * (up.bytes + down.bytes) + snapshots,
         saved=settings.directory is not None,
@@ -65,13 +65,18 @@ def before_the_model(settings: ServerSettings) -> str:
     """The sum as far as it is known before the first worker brings a model of N parameters."""
     rule = rules.load(settings.rule)
     config = settings.rule_config()
-    vectors = 1 + len(rule.state(config, settings.overlap, 0, "float32"))
-    arrays = len(rule.session(config, settings.overlap, 0, "float32"))
+    vectors = 1 + _vectors(rule.state(config, settings.overlap, 1, "float32"))
+    arrays = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     shadow = "2 x " if settings.directory else ""
     return (
         f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes"
         f" + a pool of at most {settings.pool_mib} MiB for transfers."
     )
+
+
+def _vectors(arrays: Any) -> int:
+    """How many vectors of the model's length, from arrays made for a length of one."""
+    return sum(array.size for array in arrays)
 
 
 def _mib(size: int) -> str:

@@ -48,7 +48,7 @@ class WorkOrder:
         """Put `job` at the end of its queue."""
         (self._pulls if pull else self._waiting).append(job)
 
-    def next(self, parts: int, elements: int) -> Run | None:
+    def next(self) -> Run | None:
         """Start the next job, if none runs."""
         while self.current is None and (self._waiting or self._pulls):
             self._pulled = bool(self._pulls) and not (self._pulled and self._waiting)
@@ -56,7 +56,7 @@ class WorkOrder:
             if (work := job.start()) is not None:
                 self.current = job
                 self._last_id += 1
-                return Run(self._last_id, parts, elements, work)
+                return Run(self._last_id, *work)
         return None
 
     def finish(self, job_id: int, results: Sequence[bool]) -> None:

@@ -2,9 +2,9 @@
 
 Laws
 * Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait.
-* Of one session, at most one pull to anchor and one to evaluate wait.
-* Only a pull that anchors changes anything: it tells the rule what its worker goes on from (GEM: s <- c). Pulls to
-  evaluate never do.
+* Of one session, at most one request of a kind waits.
+* Only a pull that anchors, and a reply that comes later than its push, tell the rule anything: what its worker goes on
+  from (GEM: s <- c). Pulls to evaluate never do.
 * A pull that its session or connection has outlived is dropped.
 """
 
@@ -12,27 +12,35 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from common.errors import Code, PeerError
 from common.messages import Message, Offer, Pull, Reply
 from paramserver.applying import Applying
+from paramserver.deciding import Deciding
 from paramserver.downlink import Downlink
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
-from paramserver.shard import Work
-from paramserver.snapshots import Snapshot
+from paramserver.shard import CENTER, Source, Work
+from paramserver.snapshots import Moment, Snapshot
 from paramserver.state import Outbox, ServerState
+
+Kind: TypeAlias = Literal["anchor", "evaluate", "order", "reply"]
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """One who waits for the center."""
+    """One who waits to be given a source, or a fragment of it."""
 
     session: Session
     connection: int
-    anchor: bool
+    kind: Kind
     announce: Callable[[Reply, memoryview | bytes], Message]
+    source: Source = CENTER
+    fragment: int | None = None
+    how: Literal["anchor", "given"] | None = None
+    """Which kernel of the rule learns of it."""
     scheduled: bool = False
     """Whether a job that will encode it is in the order of work."""
 
@@ -42,20 +50,27 @@ class _Request:
 
 
 class Pulls:
-    """All pulls that are not served yet."""
+    """All requests that are not served yet."""
 
     def __init__(
-        self, state: ServerState, out: Outbox, order: WorkOrder, downlink: Downlink, applying: Applying
+        self,
+        state: ServerState,
+        out: Outbox,
+        order: WorkOrder,
+        downlink: Downlink,
+        applying: Applying,
+        deciding: Deciding,
     ) -> None:
         self._state = state
         self._out = out
         self._order = order
         self._downlink = downlink
         self._applying = applying
+        self._deciding = deciding
         self._waiting: deque[_Request] = deque()
 
     def pull(self, session: Session, pull: Pull) -> None:
-        """A worker or observer asks for the center; raises PeerError where there is none to give."""
+        """A worker or observer asks for the center or a source; raises PeerError where there is none to give."""
         state = self._state
         session.merged = pull.merged
         if not state.initialised:
@@ -64,36 +79,66 @@ class Pulls:
             raise PeerError(Code.DIVERGED, state.diverged, fix="Restart from a checkpoint with a lower learning rate.")
 
         def announce(reply: Reply, payload: memoryview | bytes) -> Offer:
-            return Offer(session.token, session.connection, pull.purpose, reply, bool(state.finished), payload)
+            finished = bool(state.finished)
+            return Offer(session.token, session.connection, pull.purpose, pull.source, reply, finished, payload)
 
-        anchor = pull.purpose == "anchor" and session.role == "worker"
+        kind: Kind = pull.purpose if session.role == "worker" else "evaluate"
+        request = _Request(session, session.connection, kind, announce)
+        if kind == "order":
+            request.source = self._source(session, pull.source)
+        if kind == "anchor":
+            request.how = "anchor"
         # asking twice is asking once
-        for request in [r for r in self._waiting if r.session is session and r.anchor == anchor]:
-            self._waiting.remove(request)
-        self._waiting.append(_Request(session, session.connection, anchor, announce))
+        for older in [r for r in self._waiting if r.session is session and r.kind == kind]:
+            self._waiting.remove(older)
+        self._waiting.append(request)
 
     def answer_again(self, session: Session) -> None:
-        """The reply to an applied push was lost: the worker is given the center as it is now."""
+        """The reply to an applied push was lost: the same once more, or the center as it is now."""
         if session.decision.outcome != "applied" or self._state.diverged:
             self._applying.tell_decision(session)
-            return
+        elif session.owed is not None:
+            self._applying.send_owed(session)
+        else:
+            self._reply(session, "anchor")
+
+    def answer_held(self, session: Session) -> None:
+        """A push that was held is answered now."""
+        session.decision = replace(session.decision, outcome="applied", version=self._state.version)
+        session.late = False
+        if session.peer:  # else it comes back, and asks
+            self._reply(session, "given")
+
+    def answer_late(self) -> None:
+        """Those who are no longer too far ahead of the slowest."""
+        for session in self._state.members:
+            if session.late and not self._state.too_far_ahead(session):
+                self.answer_held(session)
+
+    def _reply(self, session: Session, how: Literal["anchor", "given"]) -> None:
         session.answered_connection = session.connection
-        answer = self._applying.answer
+        answer, decision = self._applying.answer, session.decision
+        fragment = decision.fragment if len(self._state.hosted.shard.ups) > 1 else None
 
         def announce(reply: Reply, payload: memoryview | bytes) -> Message:
+            session.pace.since = self._state.now
             return answer(session, reply, payload)
 
-        self._waiting.append(_Request(session, session.connection, True, announce))
+        self._waiting.append(_Request(session, session.connection, "reply", announce, decision.source, fragment, how))
+
+    def _source(self, session: Session, name: str) -> Source:
+        state = self._state
+        return state.rule.source(state.config, state.hosted.shard.decisions, session.worker, name)
 
     def serve(self) -> None:
-        """Serve what the current snapshot can serve; have the others encoded before the pushes that wait."""
+        """Serve what a snapshot can serve; have the others encoded before the pushes that wait."""
         if self._state.model is None:
             return
         for _ in range(len(self._waiting)):
             request = self._waiting.popleft()
             if not request.alive or self._state.diverged:
                 continue
-            snapshot = None if request.anchor else self._state.model.snapshots.at(self._state.version)
+            snapshot = None if self._tells_the_rule(request) else self._state.model.snapshots.of(self._moment(request))
             if snapshot is not None:
                 self._send(request, snapshot)
                 continue
@@ -101,6 +146,15 @@ class Pulls:
             if not request.scheduled:
                 request.scheduled = True
                 self._schedule(request)
+
+    def _tells_the_rule(self, request: _Request) -> bool:
+        """Whether a kernel of the rule runs when it is served; anchoring also changes the session."""
+        return request.how == "anchor" or (request.how == "given" and self._state.rule.given is not None)
+
+    def _moment(self, request: _Request) -> Moment:
+        shard = self._state.hosted.shard
+        at = shard.generation if request.source != CENTER else shard.version.version
+        return Moment(request.source, request.fragment, at)
 
     def _schedule(self, request: _Request) -> None:
         target: list[Snapshot] = []
@@ -115,38 +169,44 @@ class Pulls:
         )
 
     def _start(self, request: _Request, target: list[Snapshot]) -> Work | None:
-        """The work that encodes the center for `request`; None where it is served, gone, or must wait for a buffer."""
+        """The work that encodes what `request` is given; None where it is served, gone, or must wait for a buffer."""
         shard, snapshots = self._state.hosted.shard, self._state.hosted.snapshots
-        served_by_another = not request.anchor and snapshots.at(shard.version) is not None
+        told = self._tells_the_rule(request)
+        served_by_another = not told and snapshots.of(self._moment(request)) is not None
         if request not in self._waiting or not request.alive or served_by_another:
             return None
         snapshot = snapshots.begin()
         if snapshot is None:
             return None
         session = request.session
-        if request.anchor:
+        if request.how == "anchor":
             session.anchored = False  # until it is told: who comes back in between must anchor anew
             if session.arrays is None:
                 session.arrays = shard.session_arrays()
         self._waiting.remove(request)
         target.append(snapshot)
-        return shard.anchor_work(session.arrays if request.anchor else None, snapshot.data)
+        arrays = session.arrays if told else None
+        return shard.read_work(snapshot.data, request.source, request.fragment, arrays, request.how or "given")
 
     def _encoded(self, request: _Request, snapshot: Snapshot, results: Sequence[bool]) -> None:
         if not all(results):
             self._applying.diverge(request.session)
             return
-        self._state.hosted.snapshots.publish(snapshot, self._state.version)
-        if request.anchor and request.alive:
+        self._state.hosted.snapshots.publish(snapshot, self._moment(request), self._state.version)
+        if request.how == "anchor" and request.alive:
             request.session.anchored = True
+            if request.session.owed is not None:  # it goes on from here, not from the reply it was owed
+                request.session.owed.settle()
+                request.session.owed = None
+            self._deciding.enrol(request.session)
         self._send(request, snapshot)
 
     def _send(self, request: _Request, snapshot: Snapshot) -> None:
-        session, shard = request.session, self._state.hosted.shard
+        session, plan = request.session, self._state.hosted.shard.reply_plan(request.fragment)
         if not request.alive:
             return
         snapshot.readers += 1
-        session.counters.bytes_down += shard.down.bytes
+        session.counters.bytes_down += plan.bytes
 
         def done() -> None:
             snapshot.readers -= 1
@@ -154,8 +214,8 @@ class Pulls:
         self._out.add(
             self._downlink.offer(
                 request.announce,
-                snapshot.data,
-                shard.down,
+                snapshot.data[: plan.bytes],
+                plan,
                 snapshot.version,
                 (session.token, session.connection, session.peer),
                 done,

@@ -13,11 +13,12 @@ Laws
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.codecs.base import F32
-from common.messages import NOWHERE, Begin, Outcome, Scalars, Version
+from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
 from paramserver.slots import Slot
 
@@ -32,6 +33,9 @@ class Decision:
     sentence: str = ""
     version: Version = NOWHERE
     weight: float = 0.0
+    fragment: int = 0
+    source: tuple[str, int] = ("", 0)
+    """What the reply was, or will be, read from: an array of the rule's state and its row; "" is the center."""
 
 
 @dataclass(slots=True)
@@ -56,6 +60,50 @@ class Transfer:
 
 
 @dataclass(slots=True)
+class Owed:
+    """A reply that may have to be sent again: its bytes stay in their slot until the worker goes on from it.
+
+    `readers`: announcements of it that the transport may still read; `give` frees the slot.
+    """
+
+    slot: Slot
+    version: Version
+    give: Callable[[], None]
+    readers: int = 0
+    settled: bool = False
+
+    def read(self) -> None:
+        """One announcement is read, or given up."""
+        self.readers -= 1
+        self._let_go()
+
+    def settle(self) -> None:
+        """The worker went on: nobody will ask for it again."""
+        self.settled = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.settled and self.readers == 0:
+            self.give()
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a worker trains: optimizer steps a second, a moving average over its pushes."""
+
+    steps_per_s: float = 0.0
+    since: float | None = None
+    """When its last reply left (monotonic seconds)."""
+
+    def pushed(self, steps: int, now: float) -> None:
+        """A push of so many steps begins."""
+        if self.since is not None and now > self.since:
+            speed = steps / (now - self.since)
+            self.steps_per_s = speed if self.steps_per_s == 0.0 else (self.steps_per_s + speed) / 2
+        self.since = None
+
+
+@dataclass(slots=True)
 class Counters:
     """What a worker has done so far, for `status` and the report."""
 
@@ -68,11 +116,18 @@ class Counters:
     loss: float = float("nan")
     lag_versions: int = 0
 
-    def applied(self, facts: Facts, bytes_down: int) -> None:
-        """One more update was applied, and answered with so many bytes."""
+    def reported(self, steps: int, samples: int, loss: float) -> tuple[int, int]:
+        """Under a rule that schedules: so much is done in all; the steps and samples that were not known."""
+        new = max(steps - self.steps, 0), max(samples - self.samples, 0)
+        self.steps, self.samples, self.loss = self.steps + new[0], self.samples + new[1], loss
+        return new
+
+    def applied(self, facts: Facts, bytes_down: int, *, counted: bool) -> None:
+        """One more update was applied, and answered with so many bytes. `counted`: its steps were reported before."""
         self.updates += 1
-        self.samples += facts.samples
-        self.steps += facts.steps
+        if not counted:
+            self.samples += facts.samples
+            self.steps += facts.steps
         self.loss = facts.loss
         self.lag_versions = facts.lag_versions
         self.bytes_down += bytes_down
@@ -92,6 +147,11 @@ class Session:
     lease_end: float
     """Monotonic seconds."""
     joined: float
+    host: str = ""
+    group: int | None = None
+    """The group it asked for."""
+    enrolled: bool = False
+    """Whether the rule knows it as a member."""
     arrays: Arrays | None = None
     """What the rule keeps: a named tuple of (parameters,) float32; None for observers and records."""
     buffers: F32 | None = None
@@ -102,6 +162,15 @@ class Session:
     answered_connection: int = 0
     """The connection on which the last decision was told."""
     transfer: Transfer | None = None
+    owed: Owed | None = None
+    """The last reply, where the rule wants the very same bytes again if it is lost."""
+    order: Order | None = None
+    """The latest order, under a rule that schedules."""
+    clock: int = 0
+    """Accepted pushes; who joins starts at the slowest."""
+    late: bool = False
+    """Whether its reply waits until it is no longer too far ahead of the slowest."""
+    pace: Pace = field(default_factory=Pace)
     waits_for_init: bool = False
     ended: float | None = None
     """When the lease ended (monotonic seconds); None while live."""
@@ -140,6 +209,8 @@ class Session:
             return "waiting for initial weights"
         if not self.anchored:
             return "joining"
+        if self.transfer is None and self.decision.outcome == "held":
+            return "held"
         if self.transfer is None:
             return "training"
         if self.transfer.slot is None:
@@ -153,6 +224,11 @@ class Session:
         self.buffers = None
         self.anchored = False
         self.waits_for_init = False
+        self.late = False
+        self.order = None
+        if self.owed is not None:
+            self.owed.settle()
+            self.owed = None
 
     def remember(self) -> dict[str, Any]:
         """The part of the record that a checkpoint keeps, as plain values; `recall` is the inverse."""
@@ -167,6 +243,13 @@ class Session:
             "sentence": d.sentence,
             "version": list(d.version),
             "weight": d.weight,
+            "fragment": d.fragment,
+            "source": list(d.source),
+            "host": self.host,
+            "group": self.group,
+            "enrolled": self.enrolled,
+            "clock": self.clock,
+            "late": self.late,
             "live": self.live,
             "anchored": self.anchored,
             "updates": self.counters.updates,
@@ -186,7 +269,12 @@ class Session:
             connection=0,
             lease_end=now + lease_s,
             joined=now,
+            host=record["host"],
+            group=record["group"],
+            enrolled=record["enrolled"],
             anchored=record["anchored"],
+            clock=record["clock"],
+            late=record["late"],
             last_seen=now,
             last_progress=now,
         )
@@ -197,6 +285,8 @@ class Session:
             record["sentence"],
             Version(*record["version"]),
             record["weight"],
+            record["fragment"],
+            (record["source"][0], record["source"][1]),
         )
         session.counters.updates = record["updates"]
         session.counters.samples = record["samples"]

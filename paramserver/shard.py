@@ -15,7 +15,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,10 +25,22 @@ from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
 from common.messages import Version
-from common.rules.base import Arrays, Config, Rule
+from common.rules.base import Arrays, Config, Effect, Exchange, Reply, Rule, Terms, perform
 
-Work = Callable[[int, int, F32], bool]
-"""work(first, last, scratch): blocks [first, last); False where a value it wrote or read is not finite."""
+
+class Work(NamedTuple):
+    """A job over `parts` blocks; run(first, last, scratch) does those in [first, last), and says whether all that it
+    wrote or read is finite."""
+
+    parts: int
+    elements: int
+    run: Callable[[int, int, F32], bool]
+
+
+Source = tuple[str, int]
+"""(name of an array of the rule's state, row in it); "" is the center."""
+
+CENTER: Source = ("", 0)
 
 LOSSLESS = "fp32"
 """Codec of initial weights: everybody starts from the same bits."""
@@ -38,23 +50,31 @@ class Shard:
     """The center of one model under one rule. Sessions' arrays are made here and kept by the sessions."""
 
     def __init__(
-        self, layout: Layout, rule: Rule, config: Config, *, overlap: bool, codec: str, reply_codec: str, epoch: int
+        self, layout: Layout, rule: Rule, config: Config, terms: Terms, *, codec: str, reply_codec: str, epoch: int
     ) -> None:
         self.layout = layout
         self.rule = rule
         self.config = config
-        self.overlap = overlap
+        self.overlap = terms.overlap
         self.version = Version(epoch, 0)
+        self.generation = 0
+        """Changes of the center or of the rule's state in this life of the server."""
         self.center = zeros(layout.elements, np.float32)
-        self.state: Arrays = rule.state(config, overlap, layout.parameters, np.float32)
-        self.decisions: Any = None
-        self.up: Plan = plan(layout, codec)
-        self.down: Plan = plan(layout, reply_codec)
+        self.state: Arrays = rule.state(config, terms.overlap, layout.parameters, np.float32)
+        self.decisions: Any = rule.start(config, terms)
         self.exact: Plan = plan(layout, LOSSLESS)
-        self.stats = np.zeros((self.up.parameter_blocks, rule.stats_width))
+        self.down: Plan = plan(layout, reply_codec)
+        parts = rule.fragments(config)
+        self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
+        self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
 
     def __repr__(self) -> str:
         return f"<Shard {self.rule.name} at {self.version}, {self.layout.parameters:,} parameters>"
+
+    def reply_plan(self, fragment: int | None) -> Plan:
+        """How a fragment of a reply travels; None: all of it."""
+        return self.down if fragment is None else self.downs[fragment]
 
     def session_arrays(self) -> Arrays:
         """What the rule keeps for one session, all zero: a named tuple of (parameters,) float32."""
@@ -71,80 +91,137 @@ class Shard:
 
         def work(first: int, last: int, scratch: F32) -> bool:
             self.exact.decode(data, self.center, first, last)
+            if self.rule.load is not None:
+                for block in self.exact.blocks[first : min(last, self.exact.parameter_blocks)]:
+                    part = slice(block.first, block.last)
+                    self.rule.load(self.config, self.center[part], _part(self.state, part))
             return True
 
-        return work
+        return _over(self.exact, work)
 
-    def apply_work(
+    def push_work(
         self,
+        fragment: int,
         update: U8,
         session: Arrays,
-        weight: float,
-        reply: U8 | None,
-        what: Literal["before", "after"],
+        effects: Sequence[Effect],
+        reply: Reply | None,
+        out: U8,
         buffers: Sequence[F32],
     ) -> Work:
-        """Decode, apply, and encode the reply, block by block.
+        """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
-        update: (up.bytes,) as checked; reply: (down.bytes,) or None; buffers: (buffers,) float32 each, the last values
-        of all members, the first of them this worker's own, which is written here; none where buffers stay local.
+        update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
+        float32 each, the last values of all members, the first of them this worker's own, which is written here; none
+        where the center's buffers stay as they are.
         """
+        up, down = self.ups[fragment], self.downs[fragment]
+        exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
+        source = source_of(reply)
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
+            made = np.empty(scratch.size, np.float32) if exchange is not None else scratch
             for index in range(first, last):
-                block, below = self.up.blocks[index], self.down.blocks[index]
-                d = self.up.values(block, update, scratch)
-                if what == "before" and reply is not None:
-                    finite &= self._encode(reply, index)
-                if index >= self.up.parameter_blocks:
-                    self._average(below.first, below.last, d, buffers)
+                block = up.blocks[index]
+                d = up.values(block, update, scratch)
+                if reply is not None and reply.what == "before":
+                    finite &= self._encode(down, out, index, CENTER)
+                if index >= up.parameter_blocks:
+                    self._average(block.first, block.last, d, buffers)
+                    if exchange is not None:
+                        finite &= self._encode(down, out, index, CENTER)
                 else:
                     part = slice(block.first, block.last)
-                    self.rule.apply(
-                        self.config,
-                        self.center[part],
-                        _part(self.state, part),
-                        _part(session, part),
-                        d,
-                        weight,
-                        self.stats[index],
-                    )
-                if what == "after" and reply is not None:
-                    finite &= self._encode(reply, index)
+                    c, state, kept = self.center[part], _part(self.state, part), _part(session, part)
+                    perform(self.rule, self.config, effects, c, state, kept, d, self.stats[index])
+                    if exchange is not None:
+                        finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out)
+                if source is not None:
+                    finite &= self._encode(down, out, index, source)
             return finite
 
-        return work
+        return _over(up, work)
 
-    def anchor_work(self, session: Arrays | None, reply: U8) -> Work:
-        """Encode the center as it is; with a session's arrays, its worker goes on from here."""
+    def close_work(self, effects: Sequence[Effect]) -> Work:
+        """Run the kernels of `effects` where no update is pushed."""
+        nothing = np.zeros(0, np.float32)
+        stats = np.zeros(self.rule.stats_width)
+
+        def work(first: int, last: int, scratch: F32) -> bool:
+            for block in self.exact.blocks[first : min(last, self.exact.parameter_blocks)]:
+                part = slice(block.first, block.last)
+                perform(
+                    self.rule, self.config, effects, self.center[part], _part(self.state, part), None, nothing, stats
+                )
+            return True
+
+        return _over(self.exact, work)
+
+    def read_work(
+        self, out: U8, source: Source, fragment: int | None, session: Arrays | None, how: Literal["anchor", "given"]
+    ) -> Work:
+        """Encode a source as it is; with a session's arrays, its worker is given it: to go on from, or late."""
+        down = self.reply_plan(fragment)
+        kernel = self.rule.anchor if how == "anchor" else self.rule.given
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
             for index in range(first, last):
-                if session is not None and index < self.down.parameter_blocks:
-                    block = self.down.blocks[index]
+                if session is not None and kernel is not None and index < down.parameter_blocks:
+                    block = down.blocks[index]
                     part = slice(block.first, block.last)
-                    self.rule.anchor(self.config, self.center[part], _part(session, part))
-                finite &= self._encode(reply, index)
+                    kernel(self.config, self.center[part], _part(session, part))
+                finite &= self._encode(down, out, index, source)
             return finite
 
-        return work
+        return _over(down, work)
 
     def copy_work(self, sources: Sequence[F32], targets: Sequence[F32]) -> Work:
-        """targets <- sources: the snapshot of a checkpoint; each (parameters,) or (elements,) float32."""
+        """targets <- sources: the snapshot of a checkpoint; the last axis of each is (parameters,) or (elements,)."""
 
         def work(first: int, last: int, scratch: F32) -> bool:
-            start, end = self.up.blocks[first].first, self.up.blocks[last - 1].last
+            start, end = self.exact.blocks[first].first, self.exact.blocks[last - 1].last
             for source, target in zip(sources, targets, strict=True):
-                target[start:end] = source[start:end]
+                target[..., start:end] = source[..., start:end]
             return True
 
-        return work
+        return _over(self.exact, work)
 
-    def _encode(self, reply: U8, index: int) -> bool:
+    def _exchange(
+        self,
+        exchange: Exchange,
+        down: Plan,
+        index: int,
+        c: F32,
+        state: Arrays,
+        session: Arrays,
+        d: F32,
+        made: F32,
+        out: U8,
+    ) -> bool:
+        """The rule makes the reply; what the worker will decode of it is what the rule settles. made: (block,)."""
+        assert self.rule.propose is not None
+        assert self.rule.settle is not None
+        self.rule.propose(self.config, c, state, session, d, exchange.weight, exchange.args, made)
+        block = down.blocks[index]
         try:
-            self.down.encode(self.center, reply, index, index + 1)
+            down.encode_block(block, made, out)
+        except CodecError:
+            return False
+        down.decode_block(block, out, made)
+        self.rule.settle(self.config, c, state, session, made)
+        return True
+
+    def _encode(self, down: Plan, out: U8, index: int, source: Source) -> bool:
+        name, row = source
+        block = down.blocks[index]
+        vector = self.center
+        if name and index < down.parameter_blocks:
+            array = getattr(self.state, name)
+            vector = array[row] if array.ndim > 1 else array
+        try:
+            down.encode_block(block, vector[block.first : block.last], out)
         except CodecError:
             return False
         return True
@@ -163,8 +240,22 @@ class Shard:
 
     def validate(self) -> None:
         """The plans cut the same blocks."""
-        assert len(self.up.blocks) == len(self.down.blocks) == len(self.exact.blocks)
+        assert len(self.down.blocks) == len(self.exact.blocks)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            assert len(up.blocks) == len(down.blocks)
+
+
+def _over(plan: Plan, run: Callable[[int, int, F32], bool]) -> Work:
+    """A job over the blocks of `plan`."""
+    return Work(len(plan.blocks), sum(block.last - block.first for block in plan.blocks), run)
+
+
+def source_of(reply: Reply | None) -> Source | None:
+    """What is encoded once the kernels have run; None where nothing is, or it was encoded before or by them."""
+    if reply is None or reply.what in ("before", "made", "nothing"):
+        return None
+    return CENTER if reply.what == "after" else (reply.what, reply.row)
 
 
 def _part(arrays: Arrays, part: slice) -> Arrays:
-    return type(arrays)(*(array[part] for array in arrays))
+    return None if arrays is None else type(arrays)(*(array[..., part] for array in arrays))

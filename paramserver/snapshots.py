@@ -1,4 +1,4 @@
-"""Published snapshots: the center of one version, encoded once, shared by all pulls of that version.
+"""Published snapshots: what one source held at one moment, encoded once, shared by all who are given exactly that.
 
 Laws
 * A published snapshot never changes while anybody reads it.
@@ -9,6 +9,7 @@ Laws
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,44 +20,53 @@ from common.messages import NOWHERE, Version
 BUFFERS = 2
 
 
+class Moment(NamedTuple):
+    """What a snapshot is of. `at`: the version of the center, or the generation of any other source."""
+
+    source: tuple[str, int]
+    fragment: int | None
+    at: int
+
+
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """One buffer: the encoded center at `version`."""
+    """One buffer. `of`: the source, its fragment and its moment; None until it holds anything."""
 
     data: U8
+    of: Moment | None = None
     version: Version = NOWHERE
     readers: int = 0
 
 
 class Snapshots:
-    """The two buffers and which of them is current."""
+    """The two buffers."""
 
     def __init__(self, reply_bytes: int) -> None:
         self._buffers = [Snapshot(zeros(reply_bytes, np.uint8)) for _ in range(BUFFERS)]
-        self.current: Snapshot | None = None
+        self._latest: Snapshot | None = None
 
     @property
     def bytes(self) -> int:
         """Memory of both buffers."""
         return sum(snapshot.data.nbytes for snapshot in self._buffers)
 
-    def at(self, version: Version) -> Snapshot | None:
-        """The current snapshot, if it is of exactly that version."""
-        return self.current if self.current and self.current.version == version else None
+    def of(self, moment: Moment) -> Snapshot | None:
+        """The snapshot of exactly that."""
+        return next((snapshot for snapshot in self._buffers if snapshot.of == moment), None)
 
     def begin(self) -> Snapshot | None:
         """A buffer to publish into, or None while both are read."""
-        for snapshot in self._buffers:
-            if snapshot.readers == 0:
-                if snapshot is self.current:
-                    self.current = None
-                return snapshot
-        return None
+        free = [snapshot for snapshot in self._buffers if snapshot.readers == 0]
+        if not free:
+            return None
+        chosen = next((snapshot for snapshot in free if snapshot is not self._latest), free[0])
+        chosen.of = None
+        return chosen
 
-    def publish(self, snapshot: Snapshot, version: Version) -> None:
-        """`snapshot` now holds `version`."""
-        snapshot.version = version
-        self.current = snapshot
+    def publish(self, snapshot: Snapshot, moment: Moment, version: Version) -> None:
+        """`snapshot` now holds `moment`, and whoever is given it is at `version` of the center."""
+        snapshot.of, snapshot.version = moment, version
+        self._latest = snapshot
 
     def validate(self) -> None:
         """Readers are counted."""

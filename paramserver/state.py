@@ -6,6 +6,7 @@ each is made with it and holds only what is its own business. None of them keeps
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,57 @@ class ServerState:
     def members(self) -> list[Session]:
         """Live workers."""
         return [session for session in self.sessions.values() if session.member]
+
+    def member(self, worker: str) -> Session | None:
+        """The live worker of that name."""
+        return next((session for session in self.members if session.worker == worker), None)
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of training so far, over all lives of the server: the rules' clock."""
+        return self.budget.elapsed_s(self.now)
+
+    def lag(self, base: Version) -> int:
+        """Versions between what a worker started from and now; a base that a crash undid counts as recovered."""
+        start = base.version if base.epoch == self.epoch else min(base.version, self.recovered.version)
+        return max(self.version.version - start, 0)
+
+    def lag_weight(self, lag_versions: int) -> float:
+        """What an update is scaled by for its lag; raises PeerError where it is not taken at all."""
+        s = self.settings
+        weight = 1.0
+        if s.lag_weight == "inverse":
+            weight = 1.0 / (lag_versions + 1)
+        elif s.lag_weight == "polynomial":
+            weight = float((1.0 + lag_versions) ** -s.lag_exponent)
+        if s.max_lag is not None and lag_versions > s.max_lag:
+            if s.beyond_max_lag == "reject":
+                raise PeerError(
+                    Code.LAG,
+                    f"The center moved {lag_versions} versions since this update's base, at most {s.max_lag} may be.",
+                    fix="Push more often, or serve with a larger --max-lag or with --beyond-max-lag weight.",
+                )
+            weight *= (s.max_lag + 1) / (lag_versions + 1)
+        return weight
+
+    def too_far_ahead(self, session: Session) -> bool:
+        """Whether this worker's clock is further ahead of the slowest than is allowed."""
+        gap = self.settings.max_clock_gap
+        clocks = [member.clock for member in self.members if member.anchored]
+        return gap is not None and session.clock > min(clocks, default=session.clock) + gap
+
+    def local_steps_of(self, session: Session) -> int:
+        """H of this worker: as set, or in proportion to its speed."""
+        h = self.settings.local_steps
+        fastest = max((member.pace.steps_per_s for member in self.members), default=0.0)
+        if not self.settings.local_steps_by_speed or fastest == 0.0 or session.pace.steps_per_s == 0.0:
+            return h
+        return max(round(h * session.pace.steps_per_s / fastest), 1)
+
+    @property
+    def waited_for(self) -> Sequence[str]:
+        """Workers that the rule waits for."""
+        return self.rule.waits(self.config, self.model.shard.decisions) if self.model else ()
 
     def end_if_used_up(self) -> None:
         """Training is over once the budget is used up; it never goes on after that."""

@@ -24,19 +24,26 @@ class Throughput:
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque(maxlen=100_000)
+        self._reported: deque[tuple[float, int]] = deque(maxlen=100_000)
 
     def add(self, now: float, samples: int) -> None:
         """One update of so many samples was applied."""
         self._seen.append((now, samples))
 
+    def add_samples(self, now: float, samples: int) -> None:
+        """So many samples were reported, without an update."""
+        self._reported.append((now, samples))
+
     def rates(self, now: float) -> tuple[float, float]:
         """(updates, samples) per second."""
-        while self._seen and now - self._seen[0][0] > WINDOW_S:
-            self._seen.popleft()
-        if not self._seen:
+        for events in (self._seen, self._reported):
+            while events and now - events[0][0] > WINDOW_S:
+                events.popleft()
+        both = [*self._seen, *self._reported]
+        if not both:
             return 0.0, 0.0
-        span = max(now - self._seen[0][0], 0.1)
-        return len(self._seen) / span, sum(samples for _, samples in self._seen) / span
+        span = max(now - min(at for at, _ in both), 0.1)
+        return len(self._seen) / span, sum(samples for _, samples in both) / span
 
 
 def describe(core: ServerCore, now: float) -> dict[str, Any]:
@@ -102,6 +109,9 @@ def _waiting_for(core: ServerCore, now: float) -> list[str]:
     initialiser = core.initial.asked
     if initialiser is not None:
         sentences.append(f"{initialiser.worker} to send the initial weights")
+    if waited_for := core.state.waited_for:
+        held = sum(session.decision.outcome == "held" for session in core.members)
+        sentences += [f"{worker} to push, by {held} that are held" for worker in waited_for if held]
     for session in core.members:
         transfer = session.transfer
         if transfer is not None and transfer.slot is None and transfer.begin.kind == "push":

@@ -76,7 +76,7 @@ class Uplink:
         self.give_slots()
         if transfer.slot is None:
             sentence = f"All {self._state.hosted.slots.limit} transfer slots are taken; they are given in order."
-            self._grant(session, begin, "wait", 0, Code.BUSY, sentence)
+            self._grant(session, begin.number, "wait", 0, Code.BUSY, sentence)
 
     def chunk(self, session: Session, chunk: Chunk) -> None:
         """One piece of a transfer."""
@@ -106,7 +106,11 @@ class Uplink:
         """Tell a session that waits for its push to be let in or applied that it does not wait in vain."""
         transfer = session.transfer
         if transfer is not None and transfer.begin.kind == "push" and (transfer.slot is None or transfer.committed):
-            self._grant(session, transfer.begin, "wait", 0, Code.BUSY, "Others come first; this push has its place.")
+            sentence = "Others come first; this push has its place."
+            self._grant(session, transfer.begin.number, "wait", 0, Code.BUSY, sentence)
+        elif transfer is None and session.decision.outcome == "held":
+            sentence = f"It is held until these have pushed: {', '.join(self._state.waited_for) or 'the slowest'}."
+            self._grant(session, session.decision.number, "wait", 0, Code.BUSY, sentence)
 
     def refusal(self, session: Session) -> PeerError | None:
         """Why no push of this session is taken at present; None where it is."""
@@ -177,20 +181,25 @@ class Uplink:
                 return None  # it will be answered when it is decided
             self.drop(session)  # withdrawn
         if self._state.stopping:
-            self._grant(session, begin, "refuse", 0, Code.DRAINING, "The server is stopping.")
+            self._grant(session, begin.number, "refuse", 0, Code.DRAINING, "The server is stopping.")
             return None
         if refusal := self.refusal(session):
             self._refuse(session, begin, refusal)
             return None
         shard = self._state.hosted.shard
         try:
-            intake.check_begin(begin, shard.up, shard.version)
+            intake.check_begin(begin, shard.ups, shard.version)
         except PeerError as error:
             self._reject(session, begin.number, error)
             return None
         session.merged = begin.merged
+        if session.owed is not None:  # it goes on, so it has its reply
+            session.owed.settle()
+            session.owed = None
         self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
-        transfer = Transfer(begin, session.connection, self._state.now, received=bytearray(len(shard.up.chunks)))
+        transfer = Transfer(
+            begin, session.connection, self._state.now, received=bytearray(len(shard.ups[begin.fragment].chunks))
+        )
         session.transfer = transfer
         self._waiting.append((session, transfer))
         return transfer
@@ -202,7 +211,7 @@ class Uplink:
             self.decide(session, Decision(begin.number, "rejected", refusal.code, refusal.sentence, version))
             return
         self._out.count(refusal.code)
-        self._grant(session, begin, "refuse", 0, refusal.code, str(refusal))
+        self._grant(session, begin.number, "refuse", 0, refusal.code, str(refusal))
 
     def _take_whole(self, session: Session, transfer: Transfer, push: Push) -> None:
         if self._take(session, transfer, 0, push.payload):
@@ -216,7 +225,7 @@ class Uplink:
                 intake.take_chunk(transfer, self._initial.buffer(), shard.exact, index, payload)
             else:
                 assert transfer.slot is not None
-                intake.take_chunk(transfer, transfer.slot.update, shard.up, index, payload)
+                intake.take_chunk(transfer, transfer.slot.update, shard.ups[transfer.begin.fragment], index, payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return False
@@ -258,17 +267,15 @@ class Uplink:
 
     def _open_window(self, session: Session, transfer: Transfer) -> None:
         transfer.until = self._state.settings.window_chunks
-        self._grant(session, transfer.begin, "go", transfer.until, "", "")
+        self._grant(session, transfer.begin.number, "go", transfer.until, "", "")
 
     def _grant(
         self,
         session: Session,
-        begin: Begin,
+        number: int,
         decision: Literal["go", "wait", "refuse"],
         until: int,
         code: str,
         sentence: str,
     ) -> None:
-        self._out.tell(
-            session, Grant(session.token, session.connection, begin.number, decision, until, str(code), sentence)
-        )
+        self._out.tell(session, Grant(session.token, session.connection, number, decision, until, str(code), sentence))

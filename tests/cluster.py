@@ -712,7 +712,8 @@ class Hand:
             "fingerprint": layout.fingerprint,
             "elements": layout.elements,
             "codecs": codecs.names(),
-            "optimizer": Optimizer("SGD", 0.1, 0.0, 1),
+            "host": "here",
+            "optimizer": Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
             "resume": resume,
             "payload": layout.describe(),
         }
@@ -740,7 +741,7 @@ class Hand:
 
     def pull(self, purpose: Any = "evaluate") -> Any:
         """Pull the center and take every chunk of it; the answer."""
-        self.send(Pull(self.session, self.connection, purpose, NOWHERE, 0))
+        self.send(Pull(self.session, self.connection, purpose, "", NOWHERE, 0))
         answers = self.heard()
         if answers and getattr(answers[-1], "reply", None) is not None and not answers[-1].payload:
             self.more(answers[-1].reply.id)
@@ -754,7 +755,14 @@ class Hand:
         """The Begin of a push (or, with `kind`, of the initial weights)."""
         codec = changes.get("codec", self.desk.settings.codec)
         size = chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32").bytes
-        values = {"kind": "push", "codec": codec, "bytes": size, "base": self.desk.core.version, "merged": 0}
+        values = {
+            "kind": "push",
+            "fragment": 0,
+            "codec": codec,
+            "bytes": size,
+            "base": self.desk.core.version,
+            "merged": 0,
+        }
         return Begin(self.session, self.connection, number=number, **(values | changes))  # type: ignore[arg-type]
 
     def pieces(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> list[Message]:

@@ -1,14 +1,16 @@
-"""A parameter server and its workers in virtual time: what the tests of update rules drive rules with.
+"""Workers in virtual time on one `common.replay.RuleServer`: what the tests of update rules drive rules with.
 
-    run = simulate(rule, config, Quadratic(), Cluster(), seed=1)
+    run = simulate(rule, config, Quadratic(), Cluster(), seed=1, pushes=500)
 
 Laws
-* `Server` does with a rule what a server does, and no more: join (anchor), push (admit, apply, reply), leave.
-* Workers know the server by replies alone: what they hold is always a copy.
+* Workers know the server by replies alone: what they hold is always a copy. A reply goes to a worker whose last push
+  has none yet, whoever's push, leave or deadline set it free; any other reply is an error.
+* The server's clock is that of the simulation, and it ticks at every event and at every deadline of the rule.
 * One seed, one run: every delay and every mini-batch is drawn from it, and events at one time keep their order.
-* Nothing depends on which rule it is. An effect this file does not know is an error, never ignored.
+* Nothing depends on which rule it is. What this file cannot do for a rule is an error, never ignored.
 
-Left out: codecs, lost and repeated messages, members that come back. The simulator of the real cores has those.
+Left out: codecs, lost and repeated messages, members that come back (the simulator of the real cores has those); rules
+that schedule their workers (`schedules`) or cut the vector (`fragments`): both are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -25,102 +27,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from common.rules.base import Apply, Arrays, Config, Effect, Facts, Floats, OptimizerFacts, Reply, Rule
-
-# The server.
-
-
-@dataclass
-class Server:
-    """The server half of one rule over one center, with no time and no wire. Make it with `start`."""
-
-    rule: Rule
-    config: Config
-    center: Floats
-    """(n,) float32 or float64; changed in place."""
-    state: Arrays
-    overlap: bool = False
-    block_elements: int | None = None
-    """Longest block a kernel is given; None: the whole vector."""
-    decisions: Any = None
-    sessions: dict[str, Arrays] = field(default_factory=dict)
-    started_from: dict[str, int] = field(default_factory=dict)
-    """Version each worker last received."""
-    numbers: dict[str, int] = field(default_factory=dict)
-    """Pushes of each worker so far."""
-    version: int = 0
-    stats: Floats = field(default_factory=lambda: np.zeros((0, 0)))
-    """(blocks, stats_width) figures of the last apply."""
-
-    @classmethod
-    def start(
-        cls, rule: Rule, config: Config, center: Floats, *, overlap: bool = False, block_elements: int | None = None
-    ) -> Server:
-        """A server that owns a copy of `center`."""
-        state = rule.state(config, overlap, center.size, center.dtype)
-        return cls(rule, config, center.copy(), state, overlap, block_elements)
-
-    def join(self, worker: str) -> Floats:
-        """A new session for `worker`; returns a copy of the center it is given."""
-        made = self.rule.session(self.config, self.overlap, self.center.size, self.center.dtype)
-        self.sessions[worker] = made
-        for low, high in self._blocks():
-            self.rule.anchor(self.config, self.center[low:high], part(made, low, high))
-        self.started_from[worker], self.numbers[worker] = self.version, 0
-        return self.center.copy()
-
-    def push(
-        self, worker: str, d: Floats, *, steps: int = 1, lr: float = 0.01, loss: float = 0.0, samples: int = 1
-    ) -> Floats | None:
-        """Admit and apply update d: (n,); returns a copy of the center that answers it, or None where none does yet."""
-        self.numbers[worker] += 1
-        lag = self.version - self.started_from[worker]
-        facts = Facts(worker, self.numbers[worker], steps, lag, loss, samples, lr)
-        self.decisions, effects = self.rule.admit(self.config, self.decisions, facts)
-        before, version_before = self.center.copy(), self.version
-        answer: Floats | None = None
-        for effect in effects:
-            match effect:
-                case Apply(weight):
-                    self._apply(worker, d, weight)
-                case Reply("before"):
-                    answer, self.started_from[worker] = before, version_before
-                case Reply("after"):
-                    answer, self.started_from[worker] = self.center.copy(), self.version
-                case _:
-                    raise NotImplementedError(f"tests/rule_driver.py does not know the effect {effect!r} of a push.")
-        return answer
-
-    def leave(self, worker: str) -> list[Effect]:
-        """`worker` is gone, its session with it."""
-        self.decisions, effects = self.rule.leave(self.config, self.decisions, worker)
-        if effects:
-            raise NotImplementedError(f"tests/rule_driver.py does not know the effects {effects!r} of a leave.")
-        del self.sessions[worker]
-        return effects
-
-    def details(self) -> dict[str, float]:
-        """The rule's own figures of the last apply."""
-        return self.rule.details(self.config, self.stats)
-
-    def _apply(self, worker: str, d: Floats, weight: float) -> None:
-        blocks = self._blocks()
-        self.stats = np.zeros((len(blocks), self.rule.stats_width))
-        for row, (low, high) in zip(self.stats, blocks, strict=True):
-            state, session = part(self.state, low, high), part(self.sessions[worker], low, high)
-            self.rule.apply(self.config, self.center[low:high], state, session, d[low:high], weight, row)
-        self.version += 1
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        n = self.center.size
-        length = self.block_elements or n
-        return [(low, min(low + length, n)) for low in range(0, n, length)]
-
-
-def part(arrays: Arrays, low: int, high: int) -> Arrays:
-    """The same named tuple over the elements low to high, as views."""
-    return type(arrays)(*(array[low:high] for array in arrays))
-
+from common.replay import Result, RuleServer
+from common.rules.base import Config, Floats, OptimizerFacts, Rule, Terms
 
 # The objectives.
 
@@ -203,7 +111,7 @@ def trained_alone(make_optimizer: MakeOptimizer, *, dtype: torch.dtype, steps: i
     """The network's parameters (n,) after `steps` of plain torch."""
     model = _network(dtype)
     with _one_thread():
-        for _ in _steps(model, make_optimizer, steps):
+        for _ in _steps(model, make_optimizer(model.parameters()), steps):
             pass
     return _flat(model)
 
@@ -219,18 +127,19 @@ def trained_with_server(
 ) -> Floats:
     """The center (n,) after the same steps, with an exchange after every `local_steps` of them."""
     model = _network(dtype)
-    server = Server.start(rule, config, _flat(model))
+    optimizer = make_optimizer(model.parameters())
+    facts = _facts(optimizer)
+    server = RuleServer.start(rule, config, _flat(model), terms=Terms(local_steps, workers=1))
     anchor = server.join("w0")
     with _one_thread():
-        for step in _steps(model, make_optimizer, steps):
+        for step in _steps(model, optimizer, steps):
             if step % local_steps:
                 continue
             x, d = _flat(model), np.empty_like(anchor)
-            rule.update(config, x, anchor, d)
-            reply = server.push("w0", d, steps=local_steps)
-            assert reply is not None
+            rule.update(config, _exchanged(rule, config, x, _momentum(model, optimizer), facts), anchor, d)
+            reply = server.push("w0", d, steps=local_steps, lr=facts.lr).replies["w0"]
             rule.merge(config, x, reply)
-            anchor = reply
+            anchor = _next_anchor(rule, config, anchor, d, reply)
             torch.nn.utils.vector_to_parameters(torch.from_numpy(x), model.parameters())
     return server.center
 
@@ -251,10 +160,10 @@ def _network(dtype: torch.dtype) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)).to(dtype)
 
 
-def _steps(model: torch.nn.Module, make_optimizer: MakeOptimizer, steps: int) -> Iterator[int]:
+def _steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[int]:
     """Train on batches that are always the same; yields the number of each step after it."""
     random = torch.Generator().manual_seed(1)
-    optimizer, dtype = make_optimizer(model.parameters()), next(model.parameters()).dtype
+    dtype = next(model.parameters()).dtype
     for step in range(1, steps + 1):
         inputs = torch.randn(20, 8, generator=random, dtype=torch.float64)
         labels = (inputs[:, :3] + inputs[:, 3:6]).argmax(1)
@@ -267,6 +176,49 @@ def _steps(model: torch.nn.Module, make_optimizer: MakeOptimizer, steps: int) ->
 def _flat(model: torch.nn.Module) -> Floats:
     flat: Floats = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy()
     return flat
+
+
+def _facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
+    known = {name: optimizer.defaults.get(name, 0.0) for name in ("lr", "momentum", "nesterov", "dampening")}
+    return OptimizerFacts(type(optimizer).__name__, groups=len(optimizer.param_groups), **known)
+
+
+def _momentum(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Floats:
+    """(n,) The optimizer's momentum buffers; zeros where it has none."""
+    buffers = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    whole = [torch.zeros_like(p) if m is None else m for p, m in zip(model.parameters(), buffers, strict=True)]
+    flat: Floats = torch.nn.utils.parameters_to_vector(whole).detach().numpy().copy()
+    return flat
+
+
+# The worker half, as a worker uses it.
+
+
+def inner_optimizer(rule: Rule, config: Config, lr: float) -> OptimizerFacts:
+    """Plain SGD if the rule takes it, else SGD with Nesterov's momentum; raises AssertionError if it takes neither."""
+    plain = OptimizerFacts("SGD", lr, 0.0, 1)
+    nesterov = OptimizerFacts("SGD", lr, 0.5, 1, nesterov=True)
+    for optimizer in (plain, nesterov):
+        if rule.accept(config, optimizer) is None:
+            return optimizer
+    raise AssertionError(rule.accept(config, plain))
+
+
+def _exchanged(rule: Rule, config: Config, x: Floats, m: Floats, optimizer: OptimizerFacts) -> Floats:
+    """(n,) A copy of x, made the point that the rule exchanges."""
+    point = x.copy()
+    if rule.point is not None:
+        rule.point(config, point, m, optimizer)
+    return point
+
+
+def _next_anchor(rule: Rule, config: Config, anchor: Floats, sent: Floats, reply: Floats) -> Floats:
+    """(n,) The reply itself, or what the rule tracks."""
+    if rule.track is None:
+        return reply
+    tracked = anchor.copy()
+    rule.track(config, tracked, sent, reply)
+    return tracked
 
 
 # The workers and their clock.
@@ -304,12 +256,14 @@ class Exchange(NamedTuple):
 class Run(NamedTuple):
     """What is left after a simulation."""
 
-    server: Server
+    server: RuleServer
     exchanges: list[Exchange]
     pushed: Floats
     """(n,) sum of all updates the server was given."""
     trained: Floats
-    """(n,) sum of all local steps that are part of these updates."""
+    """(n,) what all local steps that are part of these updates moved the exchanged points by."""
+    workers: dict[str, Floats]
+    """(n,) parameters of each worker that is still there."""
 
 
 @dataclass
@@ -319,12 +273,20 @@ class _Worker:
     step_s: float
     x: Floats
     anchor: Floats
+    m: Floats
+    """The inner optimizer's momentum."""
     trained: Floats
-    """What the steps since the last push moved x by, together."""
+    """What the steps since the last push moved the exchanged point by, together."""
     steps: int = 0
     """Since the last push."""
+    done: int = 0
+    """Until the last push."""
     x_at_push: Floats | None = None
     """Set while an exchange is in flight."""
+    sent: Floats | None = None
+    """The update of that exchange."""
+    unanswered: bool = False
+    """The server has taken the update and made no reply yet."""
     reply: Floats | None = None
     """Arrived during a step; merged at its end."""
     gone: bool = False
@@ -345,46 +307,64 @@ def simulate(
     *,
     seed: int,
     pushes: int,
+    changes: int = 0,
     dtype: DTypeLike = np.float64,
 ) -> Run:
-    """Train until the server took `pushes` updates; raises RuntimeError if before that everyone waits for everyone."""
-    return _Simulation(rule, config, objective, cluster, seed, dtype).run(pushes)
+    """Train until the server took `pushes` updates, and at least until its center changed `changes` times.
+
+    Raises AssertionError where the rule refuses what it is given, RuntimeError if everyone waits for everyone.
+    """
+    return _Simulation(rule, config, objective, cluster, seed, dtype).run(pushes, changes)
 
 
 class _Simulation:
     def __init__(
         self, rule: Rule, config: Config, objective: Objective, cluster: Cluster, seed: int, dtype: DTypeLike
     ) -> None:
-        refused = rule.accept(config, OptimizerFacts("SGD", cluster.lr, 0.0, 1))
+        if rule.schedules or rule.fragments(config) > 1:
+            raise NotImplementedError(
+                f"tests/rule_driver.py cannot schedule workers or cut the vector for {rule.name}."
+            )
+        terms = Terms(cluster.local_steps, cluster.overlap, len(cluster.step_s))
+        refused = rule.fits(config, terms)
         if refused is not None:
             raise AssertionError(refused)
         self.rule, self.config, self.objective, self.cluster = rule, config, objective, cluster
-        self.server = Server.start(rule, config, objective.initial().astype(dtype), overlap=cluster.overlap)
+        self.optimizer = inner_optimizer(rule, config, cluster.lr)
+        start = objective.initial().astype(dtype)
+        self.server = RuleServer.start(rule, config, start, overlap=cluster.overlap, terms=terms)
         self.exchanges: list[Exchange] = []
         self.pushed, self.trained = np.zeros_like(self.server.center), np.zeros_like(self.server.center)
         self.events: list[tuple[float, int, _Worker, Callable[[float], None]]] = []
         self.order = 0
+        self.workers: dict[str, _Worker] = {}
         streams = np.random.SeedSequence(seed).spawn(len(cluster.step_s))
-        workers = [
+        for i, (stream, step_s) in enumerate(zip(streams, cluster.step_s, strict=True)):
             self._join(f"w{i}", stream, step_s)
-            for i, (stream, step_s) in enumerate(zip(streams, cluster.step_s, strict=True))
-        ]
         for i, at_s in cluster.leave_s:
-            self._at(at_s, workers[i], partial(self._leave, workers[i]))
+            self._at(at_s, self.workers[f"w{i}"], partial(self._leave, self.workers[f"w{i}"]))
 
-    def run(self, pushes: int) -> Run:
+    def run(self, pushes: int, changes: int) -> Run:
         patience_s = PATIENCE_STEPS * max(self.cluster.step_s) * self.cluster.local_steps
-        last_s = 0.0
-        while len(self.exchanges) < pushes:
-            now = self.events[0][0] if self.events else math.inf
-            if now > last_s + patience_s:
+        while len(self.exchanges) < pushes or self.server.version < changes:
+            next_s = self.events[0][0] if self.events else math.inf
+            deadline_s = self.rule.deadline(self.config, self.server.decisions)
+            now = next_s if deadline_s is None else min(next_s, max(deadline_s, self.server.now_s))
+            if now > patience_s + (self.exchanges[-1].at_s if self.exchanges else 0.0):
                 raise RuntimeError(f"After {len(self.exchanges)} of {pushes} pushes all workers wait for a reply.")
-            _, _, worker, action = heapq.heappop(self.events)
-            if not worker.gone:
-                action(now)
-            if self.exchanges:
-                last_s = self.exchanges[-1].at_s
-        return Run(self.server, self.exchanges, self.pushed, self.trained)
+            self._tick(now)
+            if now == next_s:
+                _, _, worker, action = heapq.heappop(self.events)
+                if not worker.gone:
+                    action(now)
+        left = {worker.name: worker.x for worker in self.workers.values() if not worker.gone}
+        return Run(self.server, self.exchanges, self.pushed, self.trained, left)
+
+    def _tick(self, now: float) -> None:
+        self.server.now_s = now  # not by a difference: its rounding could stop short of a deadline
+        self._answer(self.server.tick(0.0), now)
+        deadline_s = self.rule.deadline(self.config, self.server.decisions)
+        assert deadline_s is None or deadline_s > now, f"a tick at {now} s leaves the deadline at {deadline_s} s"
 
     def _at(self, at_s: float, worker: _Worker, action: Callable[[float], None]) -> None:
         self.order += 1
@@ -393,34 +373,47 @@ class _Simulation:
     def _message_s(self, worker: _Worker) -> float:
         return float(worker.random.exponential(self.cluster.delay_s))
 
-    def _join(self, name: str, stream: np.random.SeedSequence, step_s: float) -> _Worker:
+    def _join(self, name: str, stream: np.random.SeedSequence, step_s: float) -> None:
         given = self.server.join(name)
-        worker = _Worker(name, np.random.default_rng(stream), step_s, given.copy(), given, np.zeros_like(given))
+        zeros = np.zeros_like(given)
+        worker = _Worker(name, np.random.default_rng(stream), step_s, given.copy(), given, zeros, zeros.copy())
+        self.workers[name] = worker
         self._begin_step(worker, 0.0)
-        return worker
 
     def _begin_step(self, worker: _Worker, now: float) -> None:
         end_s = now + worker.step_s * (1 + self.cluster.jitter * worker.random.random())
         self._at(end_s, worker, partial(self._end_step, worker))
 
     def _end_step(self, worker: _Worker, now: float) -> None:
-        """One step of plain SGD; a reply that came meanwhile is merged; a push goes out when it is time."""
-        moved = worker.x.dtype.type(-self.cluster.lr) * self.objective.gradient(worker.x, worker.random)
-        worker.x += moved
-        worker.trained += moved
+        """One step; a reply that came meanwhile is merged; a push goes out when it is time."""
+        before = self._exchanged(worker)
+        self._step(worker)
+        worker.trained += self._exchanged(worker) - before
         worker.steps += 1
         if worker.reply is not None:
             self._merge(worker, worker.reply)
-        if worker.steps >= self.cluster.local_steps and worker.x_at_push is None:
+        h = self.rule.local_steps(self.config, self.cluster.local_steps, worker.done)
+        if worker.steps >= h and worker.x_at_push is None:
             self._push(worker, now)
         if worker.x_at_push is None or self.cluster.overlap:
             self._begin_step(worker, now)
 
+    def _step(self, worker: _Worker) -> None:
+        """SGD, as torch does it."""
+        mu, g = self.optimizer.momentum, self.objective.gradient(worker.x, worker.random)
+        worker.m = mu * worker.m + g
+        worker.x += worker.x.dtype.type(-self.cluster.lr) * (g + mu * worker.m if self.optimizer.nesterov else worker.m)
+
+    def _exchanged(self, worker: _Worker) -> Floats:
+        return _exchanged(self.rule, self.config, worker.x, worker.m, self.optimizer)
+
     def _push(self, worker: _Worker, now: float) -> None:
         update = np.empty_like(worker.x)
-        self.rule.update(self.config, worker.x, worker.anchor, update)
+        self.rule.update(self.config, self._exchanged(worker), worker.anchor, update)
         sent = _Sent(update, worker.steps, self.objective.loss(worker.x), worker.trained)
-        worker.x_at_push, worker.steps, worker.trained = worker.x.copy(), 0, np.zeros_like(worker.x)
+        worker.x_at_push, worker.sent = worker.x.copy(), update.copy()
+        worker.done += worker.steps
+        worker.steps, worker.trained = 0, np.zeros_like(worker.x)
         self._at(now + self._message_s(worker), worker, partial(self._arrive, worker, sent))
 
     def _arrive(self, worker: _Worker, sent: _Sent, now: float) -> None:
@@ -429,8 +422,17 @@ class _Simulation:
         self.exchanges.append(Exchange(now, worker.name, sent.steps, lag))
         self.pushed += sent.update
         self.trained += sent.trained
-        reply = self.server.push(worker.name, sent.update, steps=sent.steps, lr=self.cluster.lr, loss=sent.loss)
-        if reply is not None:
+        worker.unanswered = True
+        result = self.server.push(worker.name, sent.update, steps=sent.steps, lr=self.cluster.lr, loss=sent.loss)
+        self._answer(result, now)
+
+    def _answer(self, result: Result, now: float) -> None:
+        assert not result.orders, f"{self.rule.name} gives orders and does not say that it schedules"
+        for name, reply in result.replies.items():
+            worker = self.workers[name]
+            assert worker.unanswered, f"'{name}' is answered and did not wait"
+            assert not worker.gone, f"'{name}' is answered and has left"
+            worker.unanswered = False
             self._at(now + self._message_s(worker), worker, partial(self._receive, worker, reply))
 
     def _receive(self, worker: _Worker, reply: Floats, now: float) -> None:
@@ -441,14 +443,16 @@ class _Simulation:
             self._begin_step(worker, now)
 
     def _merge(self, worker: _Worker, reply: Floats) -> None:
-        """x <- reply + progress in flight; the reply alone becomes the anchor."""
+        """x <- what the reply makes of x at the push, + progress in flight, which is no part of the anchor."""
         assert worker.x_at_push is not None
+        assert worker.sent is not None
         in_flight = worker.x - worker.x_at_push
         worker.x = worker.x_at_push
         self.rule.merge(self.config, worker.x, reply)
         worker.x += in_flight
-        worker.anchor, worker.reply, worker.x_at_push = reply, None, None
+        worker.anchor = _next_anchor(self.rule, self.config, worker.anchor, worker.sent, reply)
+        worker.reply = worker.x_at_push = worker.sent = None
 
     def _leave(self, worker: _Worker, now: float) -> None:
         worker.gone = True
-        self.server.leave(worker.name)
+        self._answer(self.server.leave(worker.name), now)

@@ -45,7 +45,7 @@ PURE_PACKAGES = ("common.rules", "common.codecs")
 IMPURE = {"asyncio", "zmq", "socket", "threading", "time", "random", "os", "logging"}
 
 HELPERS_OF_ALGORITHMS = {f"common.{name}" for name in ("buffers", "discovery", "errors", "kernels")}  # of a `base`
-RULE_HELPERS = {"common.rules.base", "common.rules.rounds"}
+RULE_HELPERS = {"common.rules.base", "common.rules.elastic", "common.rules.rounds"}
 CODEC_HELPERS = {"common.codecs.base"}
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -39,9 +39,12 @@ from common.messages import (
     More,
     Offer,
     Optimizer,
+    Order,
     Pull,
+    Purpose,
     Push,
     Reply,
+    Report,
     Scalars,
     Version,
     Welcome,
@@ -92,6 +95,7 @@ class PushWanted:
     base: Version
     ready: int
     spare: F32 | None = None
+    fragment: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +112,20 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class PullWanted:
-    """Get the center: to look at it, or to go on from it."""
+    """Get the center, to look at it or to go on from it; or what an order said to pull."""
 
-    purpose: Literal["anchor", "evaluate"]
+    purpose: Purpose
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Optimizer steps so far."""
+    """Optimizer steps and samples so far, the last step with this loss; `obeyed`: the last order is carried out."""
 
     steps: int
+    samples: int = 0
+    loss: float = 0.0
+    obeyed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,7 @@ class Settled:
     code: str
     sentence: str
     base: Version
+    local_steps: int
     values: F32 | None = field(repr=False)
 
 
@@ -179,11 +188,19 @@ class Orphaned:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The center at version `base`. values: (elements,), the trainer's to keep."""
+    """The center, or `source`, at version `base`. values: (elements,), the trainer's to keep."""
 
     purpose: str
+    source: str
     base: Version
     values: F32 = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """What the server says is next, under a rule that schedules."""
+
+    order: Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +252,8 @@ class WorkerCore:
         layout: Layout | None,
         optimizer: Optimizer | None,
         role: Literal["worker", "observer"] = "worker",
+        host: str = "",
+        group: int | None = None,
     ) -> None:
         self.role = role
         self.phase = "greeting"
@@ -245,17 +264,25 @@ class WorkerCore:
         self._library = library
         self._layout = layout
         self._optimizer = optimizer
-        self._plans: dict[str, Plan] = {}
+        self._host = host
+        self._group = group
+        self._plans: dict[tuple[str, int | None], Plan] = {}
         self._upload: Upload | None = None
         self._spare: F32 | None = None
         """Memory for the next reply: fresh memory would cost more than filling it."""
         self._downloads: dict[int, Download] = {}
-        self._wanted: list[Literal["anchor", "evaluate"]] = []
-        """Pulls not answered yet."""
+        self._wanted: dict[Purpose, str] = {}
+        """Pulls not answered yet, and their sources."""
+        self._progress = Progress(0)
+        self._order = 0
+        """The last order that was delivered."""
+        self._obeyed = 0
+        """The last order that was carried out."""
         self._unseen_anchor: Version | None = None
         """Version of an anchor that was delivered; until a push starts from it, the trainer may not have seen it."""
-        self._steps = 0
         self._attempts = 0
+        self._local_steps = 1
+        """H as the last Ack said it."""
         self._away_told = False
         self._last_heard = 0.0
         self._last_answer = 0.0
@@ -291,10 +318,10 @@ class WorkerCore:
                     self._encoded(ready)
                 case Withdrawn():
                     self._upload = None
-                case PullWanted(purpose):
-                    self._want(purpose)
-                case Progress(steps):
-                    self._steps = steps
+                case PullWanted(purpose, source):
+                    self._want(purpose, source)
+                case Progress():
+                    self._report(event)
                 case Leave(reason):
                     self._leave(reason)
                 case Tick():
@@ -340,12 +367,19 @@ class WorkerCore:
     def _beat_s(self) -> float:
         return min(self._lease_s / 6, 2.0)
 
-    def plan(self, codec: str) -> Plan:
-        """The plan of this model in a codec."""
+    def plan(self, codec: str, fragment: int | None = None) -> Plan:
+        """The plan of this model, or of one of its fragments, in a codec."""
         assert self._layout is not None
-        if codec not in self._plans:
-            self._plans[codec] = chunks.plan(self._layout, codec)
-        return self._plans[codec]
+        if (codec, fragment) not in self._plans:
+            cut = (0, 1) if fragment is None else (fragment, self.fragments)
+            self._plans[codec, fragment] = chunks.plan(self._layout, codec, *cut)
+        return self._plans[codec, fragment]
+
+    @property
+    def fragments(self) -> int:
+        """Parts the vector is cut into by the server's rule."""
+        welcome = self.membership.welcome
+        return int(welcome.settings["fragments"]) if welcome else 1
 
     # Connecting
 
@@ -363,6 +397,8 @@ class WorkerCore:
                 fingerprint=layout.fingerprint if layout else "",
                 elements=layout.elements if layout else 0,
                 codecs=codecs.names(),
+                host=self._host,
+                group=self._group,
                 optimizer=self._optimizer,
                 resume=self.membership.resume() if self.role == "worker" else None,
                 payload=layout.describe() if layout else b"",
@@ -437,15 +473,18 @@ class WorkerCore:
             m.anchored = False
             if welcome.resumed == "new":
                 m.last_number = m.last_applied = 0
+        if m.token != welcome.session:
+            self._order = self._obeyed = 0
         m.token, m.connection = welcome.session, welcome.connection
         m.last_applied = min(m.last_applied, max(welcome.last_decided, 0))
 
     def _go_on(self) -> None:
         """The server has weights: get an anchor where there is none, then everything that is outstanding."""
         if self.role == "worker" and not self.membership.anchored and "anchor" not in self._wanted:
-            self._wanted.insert(0, "anchor")
-        for purpose in self._wanted:
-            self._pull(purpose)
+            self._wanted = {"anchor": "", **self._wanted}
+        for purpose, source in self._wanted.items():
+            self._pull(purpose, source)
+        self._say_report()
         if self._upload is not None and self.membership.anchored:
             self._start_upload(self._upload)
 
@@ -455,7 +494,7 @@ class WorkerCore:
         if self.phase == "initialising":
             plan = self.plan(LOSSLESS)
             version = cast(Welcome, self.membership.welcome).version
-            self._upload = Upload("init", 0, data, plan, NO_SCALARS, version, len(plan.chunks))
+            self._upload = Upload("init", 0, data, plan, NO_SCALARS, version, 0, len(plan.chunks))
             self._start_upload(self._upload)
 
     def _push(self, wanted: PushWanted) -> None:
@@ -464,14 +503,16 @@ class WorkerCore:
         m.last_number += 1
         if wanted.spare is not None:
             self._spare = wanted.spare
-        if not m.anchored or self._unseen_anchor not in (None, wanted.base):
+        if not m.anchored or (self._unseen_anchor is not None and wanted.base < self._unseen_anchor):
             # the session was lost meanwhile: this update starts from an anchor that is no more
             self._deliver(Orphaned(m.last_number, pushed=False))
             return
         self._unseen_anchor = None
         codec = str(cast(Welcome, m.welcome).settings["codec"])
-        plan = self.plan(codec)
-        self._upload = Upload("push", m.last_number, wanted.data, plan, wanted.scalars, wanted.base, wanted.ready)
+        plan = self.plan(codec, wanted.fragment)
+        self._upload = Upload(
+            "push", m.last_number, wanted.data, plan, wanted.scalars, wanted.base, wanted.fragment, wanted.ready
+        )
         if self.phase == "joined":
             self._start_upload(self._upload)
 
@@ -489,6 +530,7 @@ class WorkerCore:
             m.connection,
             upload.kind,
             upload.number,
+            upload.fragment,
             upload.plan.codec,
             upload.plan.bytes,
             upload.base,
@@ -521,16 +563,40 @@ class WorkerCore:
 
     # Coming down
 
-    def _want(self, purpose: Literal["anchor", "evaluate"]) -> None:
+    def _want(self, purpose: Purpose, source: str) -> None:
         if purpose not in self._wanted:
-            self._wanted.append(purpose)
+            self._wanted[purpose] = source
             if self.phase == "joined":
-                self._pull(purpose)
+                self._pull(purpose, source)
 
-    def _pull(self, purpose: Literal["anchor", "evaluate"]) -> None:
+    def _pull(self, purpose: Purpose, source: str) -> None:
         m = self.membership
         self._last_answer = self._now
-        self._send(Pull(m.token, m.connection, purpose, m.known, m.merged))
+        self._send(Pull(m.token, m.connection, purpose, source, m.known, m.merged))
+
+    # Under a rule that schedules
+
+    @property
+    def _schedules(self) -> bool:
+        welcome = self.membership.welcome
+        return bool(welcome and welcome.settings["schedules"])
+
+    def _report(self, progress: Progress) -> None:
+        self._progress = progress
+        if progress.obeyed:
+            self._obeyed = self._order
+        self._say_report()
+
+    def _say_report(self) -> None:
+        m = self.membership
+        if self._schedules and self.phase == "joined" and m.anchored:
+            p = self._progress
+            self._send(Report(m.token, m.connection, p.steps, p.samples, p.loss, self._obeyed))
+
+    def _ordered(self, order: Order) -> None:
+        if order.id > self._order:
+            self._order = order.id
+            self._deliver(Ordered(order))
 
     def _ack(self, ack: Ack) -> None:
         upload, m = self._upload, self.membership
@@ -548,22 +614,30 @@ class WorkerCore:
             m.last_applied = max(m.last_applied, ack.number)
         if ack.reply is None:
             self._upload = None
-            self._deliver(Settled(ack.number, ack.outcome, ack.code, ack.sentence, ack.version, None))
+            self._deliver(Settled(ack.number, ack.outcome, ack.code, ack.sentence, ack.version, ack.local_steps, None))
         else:
-            self._receive(ack.reply, "push", ack.number, ack.payload)
+            self._local_steps = ack.local_steps
+            self._receive(ack.reply, "push", ack.number, ack.payload, fragment=upload.fragment)
 
     def _receive(
-        self, reply: Reply, purpose: Literal["push", "anchor", "evaluate"], number: int, payload: Buffer
+        self,
+        reply: Reply,
+        purpose: Literal["push", "anchor", "evaluate", "order"],
+        number: int,
+        payload: Buffer,
+        *,
+        source: str = "",
+        fragment: int | None = None,
     ) -> None:
         if reply.codec not in codecs.names():
             raise WireError(f"A reply in codec '{reply.codec}' was announced, which is not known here.")
-        plan = self.plan(reply.codec)
+        plan = self.plan(reply.codec, fragment)
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
         values, self._spare = self._spare, None
         if values is None:
             values = zeros(plan.elements, np.float32)
-        download = Download(reply, purpose, number, plan, values, bytearray(len(plan.chunks)))
+        download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(plan.chunks) == 1:
             self._take(download, 0, payload)
@@ -599,18 +673,20 @@ class WorkerCore:
             if self._upload is not None and self._upload.number == download.number:
                 self._upload = None
                 m.merged = download.reply.id
-                self._deliver(Settled(download.number, "applied", "", "", version, download.values))
+                self._deliver(Settled(download.number, "applied", "", "", version, self._local_steps, download.values))
             return
         if download.purpose not in self._wanted:
             return
-        self._wanted.remove(download.purpose)
+        del self._wanted[download.purpose]
         if download.purpose == "anchor":
             m.anchored = m.trained = True
             self._unseen_anchor = version
             m.merged = download.reply.id
-        self._deliver(Fetched(download.purpose, version, download.values))
-        if download.purpose == "anchor" and self._upload is not None:
-            self._start_upload(self._upload)
+        self._deliver(Fetched(download.purpose, download.source, version, download.values))
+        if download.purpose == "anchor":
+            self._say_report()
+            if self._upload is not None:
+                self._start_upload(self._upload)
 
     # Messages
 
@@ -650,7 +726,9 @@ class WorkerCore:
             case Offer():
                 if message.finished:
                     self._finish()
-                self._receive(message.reply, message.purpose, 0, message.payload)
+                self._receive(message.reply, message.purpose, 0, message.payload, source=message.source)
+            case Order():
+                self._ordered(message)
             case Chunk():
                 if download := self._downloads.get(message.transfer):
                     self._take(download, message.index, message.payload)
@@ -672,7 +750,9 @@ class WorkerCore:
         if upload is None or upload.number != grant.number or grant.code == Code.DRAINING:
             return
         self._upload = None
-        self._deliver(Settled(grant.number, "rejected", grant.code, grant.sentence, self.membership.known, None))
+        m = self.membership
+        steps = int(cast(Welcome, m.welcome).settings["local_steps"])
+        self._deliver(Settled(grant.number, "rejected", grant.code, grant.sentence, m.known, steps, None))
 
     def _fault(self, fault: Fault) -> None:
         error = Refused(code_of(fault.code), fault.sentence, fix=fault.fix)
@@ -713,7 +793,7 @@ class WorkerCore:
                 elif now >= self._beat_due:
                     self._beat_due = now + self._beat_s
                     m = self.membership
-                    self._send(Beat(m.token, m.connection, self._steps))
+                    self._send(Beat(m.token, m.connection, self._progress.steps))
 
     def _finish(self) -> None:
         if not self.finished:

@@ -58,7 +58,9 @@ class Driver:
                 self._posted.append(event)
                 os.eventfd_write(self._wake, 1)
 
-    def push(self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None) -> None:
+    def push(
+        self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None, fragment: int = 0
+    ) -> None:
         """Have `flat` pushed: (elements,), encoded into data: (plan.bytes,) while its first chunks are on their way.
 
         `spare`: memory for the reply. Raises CodecError where `flat` cannot be encoded; then nothing is pushed.
@@ -66,7 +68,7 @@ class Driver:
         chunks = len(plan.chunks)
         if chunks == 1:
             plan.encode(flat, data)
-        self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare))
+        self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
         for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
             end = min(ready + ENCODE_CHUNKS, chunks)
             try:

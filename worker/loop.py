@@ -72,7 +72,14 @@ def run(
     task = tasks.load(settings.task).make(context)
     _seed(settings.seed)
     name, timeout_s = settings.name, settings.connect_timeout_s
-    with trainer.join(settings.address, task.model, task.optimizer, name=name, connect_timeout_s=timeout_s) as session:
+    with trainer.join(
+        settings.address,
+        task.model,
+        task.optimizer,
+        name=name,
+        group=settings.group,
+        connect_timeout_s=timeout_s,
+    ) as session:
         trained = train(task, session, on_step=on_step)
     return WorkerReport(**asdict(trained), name=session.name, exchanges=session.exchanges)
 

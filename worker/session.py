@@ -26,6 +26,7 @@ class Upload:
     plan: Plan
     scalars: Scalars
     base: Version
+    fragment: int
     ready: int
     """Chunks that are encoded."""
     sent: int = 0
@@ -50,9 +51,10 @@ class Download:
     """
 
     reply: Reply
-    purpose: Literal["push", "anchor", "evaluate"]
+    purpose: Literal["push", "anchor", "evaluate", "order"]
     number: int
     plan: Plan
+    source: str
     values: F32
     received: bytearray
     until: int = 0

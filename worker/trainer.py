@@ -6,8 +6,10 @@
 
 Laws
 * Every optimizer step ends up in exactly one push: D = x - anchor, and the anchor is what the last merge took from
-  the server, before progress made in flight is added on top: x <- reply + (x now - x at push), anchor <- reply.
-* The server decides rule, codec, local steps and overlap; they arrive at join.
+  the server, before progress made in flight is added on top: x <- reply + (x now - x at push), anchor <- reply. Under a
+  rule whose workers keep parameters of their own, the anchor is what the server knows of them.
+* The server decides rule, codec, local steps and overlap; they arrive at join. Under a rule that schedules it also says
+  when to train, upload and pull.
 * Optimizer state is the worker's own: no merge touches it.
 * While the server is away, `step` returns at once and training goes on; what is trained meanwhile is pushed later.
 * The model is only touched inside `step`, `global_model` and at the ends, on the caller's thread.
@@ -24,7 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -37,7 +39,8 @@ from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs.base import F32, U8
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
-from common.messages import NOWHERE, Optimizer, Scalar, Scalars, Version
+from common.messages import NOWHERE, Optimizer, Order, Scalar, Scalars, Version
+from common.rules.base import OptimizerFacts
 from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.core import PullWanted, WorkerCore
@@ -59,15 +62,16 @@ def join(
     optimizer: torch.optim.Optimizer,
     *,
     name: str | None = None,
+    group: int | None = None,
     connect_timeout_s: float = 30.0,
 ) -> Session:
     """Join the server at `address` with this model; returns when the model holds the server's center.
 
-    The first worker of a fresh server supplies the initial weights, all others adopt the center. Raises NetworkError
-    where nobody answers within `connect_timeout_s`, Refused where the server says no, UsageError for a model that
-    cannot be exchanged.
+    The first worker of a fresh server supplies the initial weights, all others adopt the center. `group`: which one to
+    be in, from 0, under a rule that has groups; None leaves it to the server. Raises NetworkError where nobody answers
+    within `connect_timeout_s`, Refused where the server says no, UsageError for a model that cannot be exchanged.
     """
-    return Session(address, model, optimizer, name=name, connect_timeout_s=connect_timeout_s)
+    return Session(address, model, optimizer, name=name, group=group, connect_timeout_s=connect_timeout_s)
 
 
 @dataclass(slots=True)
@@ -104,10 +108,12 @@ class Exchanges:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A push that is not settled. x: (elements,) the parameters at the push."""
+    """A push that is not settled. x: (elements,) the parameters at the push; `part`: the elements that were pushed."""
 
     x: F32
     progress: Progress
+    part: slice
+    at_step: int
 
 
 class Session:
@@ -120,6 +126,7 @@ class Session:
         optimizer: torch.optim.Optimizer,
         *,
         name: str | None = None,
+        group: int | None = None,
         connect_timeout_s: float = 30.0,
     ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -147,6 +154,11 @@ class Session:
         self._away = False
         self._left = False
         self._evaluated: core.Fetched | None = None
+        self._order: Order | None = None
+        """What the server last said is next, under a rule that schedules."""
+        self._pulled: core.Fetched | None = None
+        self._loss = 0.0
+        self._samples = 0
         self.finished = False
         self.steps = 0
         self.exchanges = Exchanges()
@@ -156,6 +168,8 @@ class Session:
             library=LIBRARY,
             layout=self._layout,
             optimizer=_facts(optimizer),
+            host=socket.gethostname(),
+            group=group,
         )
         self._binding.gather(self._x)
         self._driver = Driver(self._core, address)
@@ -201,13 +215,23 @@ class Session:
             raise UsageError("This session is over.", fix="Join again.")
         if stepped:
             self.steps += 1
-            self._progress.add(
-                Progress(1, samples, float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss))
-            )
-            self._driver.post(core.Progress(self.steps))
+            self._loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+            self._progress.add(Progress(1, samples, self._loss))
+            self._samples += samples
+            self._driver.post(core.Progress(self.steps, self._samples, self._loss))
         self._take_news()
-        if self.finished or self._progress.steps < self._local_steps:
-            return
+        if self._rule.schedules:
+            self._obey()
+        elif self._progress.steps >= self._rule.local_steps(self._config, self._local_steps, self._done):
+            self._exchange()
+
+    @property
+    def _done(self) -> int:
+        """Optimizer steps that were pushed, or are in flight."""
+        return self.steps - self._progress.steps
+
+    def _exchange(self) -> None:
+        """It is time to push; without overlap, wait for the reply."""
         if self._in_flight is not None:
             self._wait_until_settled()
         if self.finished or self._away or self._reanchoring or self._in_flight is not None:
@@ -215,6 +239,54 @@ class Session:
         self._push()
         if not self._overlap:
             self._wait_until_settled()
+
+    def _obey(self) -> None:
+        """Carry out orders until one lets this worker train on; while the server is away, train on without."""
+
+        def may_train() -> bool:
+            return self._order is not None and self.steps < self._order.until
+
+        def told() -> bool:
+            return self._order is not None and (self._order.upload or bool(self._order.pull) or may_train())
+
+        while not (self.finished or self._away or self._left):
+            self._wait(lambda: told() or self.finished or self._away, None, "the next order")
+            order = self._order
+            if order is None or self.finished or self._away:
+                return
+            if order.upload:
+                self._wait(lambda: not self._reanchoring or self._away or self.finished, None, "the center")
+                if self._reanchoring or self.finished:
+                    return
+                self._push()
+                self._wait_until_settled()
+            for source in order.pull:
+                self._pull(source)
+            if order.upload or order.pull:
+                if self._order is order:
+                    self._order = replace(order, upload=False, pull=())
+                self._driver.post(core.Progress(self.steps, self._samples, self._loss, obeyed=True))
+            if may_train():
+                return
+
+    def _pull(self, source: str) -> None:
+        """x <- what the rule makes of `source`, such as a leader."""
+        assert self._rule.pull is not None
+        self._pulled = None
+        self._driver.post(PullWanted("order", source))
+        self._wait(lambda: self._pulled is not None or self._away or self.finished, None, f"'{source}'")
+        if (pulled := self._take_pulled()) is None:
+            return
+        n = self._parameters
+        self._binding.gather(self._x)
+        self._rule.pull(self._config, self._x[:n], source, pulled.values[:n])
+        self._binding.scatter(self._x)
+        self.exchanges.bytes_down += self._core.plan(str(self.settings["reply_codec"])).bytes
+        self._base = pulled.base
+
+    def _take_pulled(self) -> core.Fetched | None:
+        pulled, self._pulled = self._pulled, None
+        return pulled
 
     def global_model(self, timeout_s: float = 60.0) -> torch.nn.Module:
         """A copy of the model that holds the center as it is now on the server; for evaluation.
@@ -271,7 +343,7 @@ class Session:
 
     def _join(self, connect_timeout_s: float) -> None:
         started, told = time.monotonic(), False
-        while self._reanchoring or self._base == NOWHERE:
+        while self._reanchoring or self._base == NOWHERE or (self._rule.schedules and self._order is None):
             news = self._driver.news(0.5)
             self._take(news)
             waited = time.monotonic() - started
@@ -297,34 +369,47 @@ class Session:
         self._local_steps = int(settings["local_steps"])
         self._overlap = bool(settings["overlap"])
         self._average_buffers = settings["buffers"] == "average"
-        self._up: Plan = plan(self._layout, str(settings["codec"]))
-        self._down: Plan = plan(self._layout, str(settings["reply_codec"]))
-        self._update: U8 = zeros(self._up.bytes, np.uint8)
-        in_place = self._up.in_place(self._update)
+        fragments = self._rule.fragments(self._config)
+        cuts = [(part, fragments) for part in range(fragments)]
+        self._ups: list[Plan] = [plan(self._layout, str(settings["codec"]), *cut) for cut in cuts]
+        self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
+        self._update: U8 = zeros(max(up.bytes for up in self._ups), np.uint8)
+        in_place = self._ups[0].in_place(self._update) if fragments == 1 else None
         self._delta = self._scratch if in_place is None else in_place
+        self._sent = zeros(self._layout.elements if self._rule.track is not None else 0, np.float32)
+        self._fragment = 0
         log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
 
     # Exchanges
 
     def _push(self) -> None:
-        """Encode D = x - anchor (and the float buffers as they are) and send it off."""
-        n = self._parameters
+        """Encode what the rule makes of x and anchor (and the float buffers as they are) and send it off."""
+        n, up = self._parameters, self._ups[self._fragment]
         self._binding.gather(self._x)
-        self._rule.update(self._config, self._x[:n], self._anchor[:n], self._delta[:n])
-        self._delta[n:] = self._x[n:]
+        x, delta = self._x, self._delta
+        if self._rule.point is not None:
+            x = self._spare
+            x[:] = self._x
+            self._binding.gather_state(self._optimizer, "momentum_buffer", delta)
+            self._rule.point(self._config, x[:n], delta[:n], _rule_facts(self._optimizer))
+        self._rule.update(self._config, x[:n], self._anchor[:n], delta[:n])
+        delta[n:] = self._x[n:]
         progress, self._progress = self._progress, Progress()
-        self._in_flight = _InFlight(self._x, progress)
+        part = slice(up.blocks[0].first, up.blocks[up.parameter_blocks - 1].last)
+        self._in_flight = _InFlight(self._x, progress, part, self.steps)
         self._x, self._spare = self._spare, self._x
         mean_loss = progress.loss_sum / max(progress.steps, 1)
         scalars = Scalars(mean_loss, progress.samples, progress.steps, float(self._optimizer.param_groups[0]["lr"]))
         outlived, self._outlived = self._outlived, None
         try:
-            self._driver.push(self._delta, self._up, self._update, scalars, self._base, outlived)
+            self._driver.push(delta, up, self._update[: up.bytes], scalars, self._base, outlived, self._fragment)
         except CodecError as error:
             self._in_flight, self._progress = None, progress
             self._reject(str(error))
-        else:
-            self.exchanges.bytes_up += self._up.bytes
+            return
+        self.exchanges.bytes_up += up.bytes
+        if self._rule.track is not None:
+            up.decode(self._update, self._sent)
 
     def _settled(self, news: core.Settled) -> None:
         if self._in_flight is None:
@@ -332,10 +417,12 @@ class Session:
         if news.outcome == "applied" and news.values is not None:
             self.exchanges.pushed += 1
             self._rejected_in_a_row = 0
-            self.exchanges.bytes_down += self._down.bytes
-            self._merge(news.values, self._in_flight.x)
+            self.exchanges.bytes_down += self._downs[self._fragment].bytes
+            self._local_steps = news.local_steps
+            self._merge(news.values, self._in_flight.x, self._in_flight.part)
             self._base = news.base
             self._in_flight = None
+            self._fragment = (self._fragment + 1) % len(self._ups)
         elif news.code == Code.FINISHED or news.outcome == "applied":
             self._in_flight = None
         else:
@@ -368,36 +455,63 @@ class Session:
                 fix="Look for NaN in loss or gradients: a lower learning rate, or a gradient scaler, may help.",
             )
 
-    def _merge(self, reply: F32, start: F32) -> None:
-        """x <- merge(reply) + (x now - start); anchor <- reply. start: (elements,) x when it was pushed."""
-        n = self._parameters
-        self._anchor, self._outlived = reply, self._anchor
+    def _merge(self, reply: F32, start: F32, part: slice) -> None:
+        """x <- merge(reply) + (x now - start), on `part` of the parameters; the anchor becomes what the rule says.
+
+        start: (elements,) x when it was pushed.
+        """
+        n, sent, rule = self._parameters, self._sent, self._rule
         now, merged = self._x, self._scratch
         moved = self._progress.steps > 0
         if moved:
             self._binding.gather(now)
         else:
             now[:] = start
-        merged[:n] = now[:n]
-        self._rule.merge(self._config, merged[:n], reply[:n])
+        if part == slice(0, n):
+            merged[n:] = now[n:]
+        else:
+            merged[:] = now
+        merged[part] = start[part]
+        rule.merge(self._config, merged[part], reply[part])
         if moved:
-            now[:n] -= start[:n]
-            merged[:n] += now[:n]
-        merged[n:] = reply[n:] if self._average_buffers else now[n:]
+            now[part] -= start[part]
+            merged[part] += now[part]
+        if part.stop == n and self._average_buffers:
+            merged[n:] = reply[n:]
+        if rule.track is not None:
+            rule.track(self._config, self._anchor[part], sent[part], reply[part])
+            self._outlived = reply
+        elif part == slice(0, n):
+            self._anchor, self._outlived = reply, self._anchor
+        else:
+            self._anchor[part] = reply[part]
+            self._outlived = reply
         self._binding.scatter(merged)
-        if not self._binding.exact:
-            self._anchor_as_held(now, moved)
+        if not self._binding.exact and rule.track is None:
+            self._anchor_as_held(now, moved, part)
 
-    def _anchor_as_held(self, progress: F32, moved: bool) -> None:
+    def _anchor_as_held(self, progress: F32, moved: bool, part: slice) -> None:
         """Half precision rounds what a merge writes; that is no training, so it goes into the anchor."""
-        n = self._parameters
         self._binding.gather(self._scratch)
-        self._anchor[:n] = self._scratch[:n]
+        self._anchor[part] = self._scratch[part]
         if moved:
-            self._anchor[:n] -= progress[:n]
+            self._anchor[part] -= progress[part]
 
     def _reanchored(self, news: core.Fetched) -> None:
-        """Go on from this center: x <- c + (x - what was pushed or dropped), anchor <- c."""
+        """Go on from this center: x <- c + (x - what was pushed or dropped), anchor <- c.
+
+        Under a rule whose workers keep parameters of their own, x stays; only the anchor is new.
+        """
+        keep = self._rule.private and self._base != NOWHERE and not self._discard
+        if keep:
+            self._anchor, self._outlived = news.values, self._anchor
+        else:
+            self._go_on_from(news.values)
+        self._in_flight = None
+        self._base = news.base
+        self._discard = self._reanchoring = False
+
+    def _go_on_from(self, center: F32) -> None:
         if self._base == NOWHERE or self._discard:
             self._progress = Progress()
             self._binding.gather(self._x)
@@ -409,10 +523,21 @@ class Session:
             if self._in_flight is not None:
                 self._progress.add(self._in_flight.progress)
             start = self._anchor
-        self._merge(news.values, start)
-        self._in_flight = None
-        self._base = news.base
-        self._discard = self._reanchoring = False
+        n, now, merged = self._parameters, self._x, self._scratch
+        moved = self._progress.steps > 0
+        if moved:
+            self._binding.gather(now)
+        else:
+            now[:] = start
+        merged[:n] = center[:n]
+        if moved:
+            now[:n] -= start[:n]
+            merged[:n] += now[:n]
+        merged[n:] = center[n:] if self._average_buffers else now[n:]
+        self._anchor, self._outlived = center, self._anchor
+        self._binding.scatter(merged)
+        if not self._binding.exact:
+            self._anchor_as_held(now, moved, slice(0, n))
 
     def _orphaned(self, news: core.Orphaned) -> None:
         """The session was lost under a push: take it back only where it was surely not applied."""
@@ -445,6 +570,10 @@ class Session:
                 self._orphaned(news)
             case core.Fetched(purpose="anchor"):
                 self._reanchored(news)
+            case core.Fetched(purpose="order"):
+                self._pulled = news
+            case core.Ordered(order):
+                self._order = order
             case core.Fetched():
                 self._evaluated = news
             case core.Away(sentence):
@@ -514,6 +643,16 @@ class Session:
 
 
 def _facts(optimizer: torch.optim.Optimizer) -> Optimizer:
+    return Optimizer(*_rule_facts(optimizer))
+
+
+def _rule_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
     group = optimizer.param_groups[0]
-    momentum = float(group.get("momentum", 0.0) or 0.0)
-    return Optimizer(type(optimizer).__name__, float(group["lr"]), momentum, len(optimizer.param_groups))
+    return OptimizerFacts(
+        type(optimizer).__name__,
+        float(group["lr"]),
+        float(group.get("momentum", 0.0) or 0.0),
+        len(optimizer.param_groups),
+        bool(group.get("nesterov", False)),
+        float(group.get("dampening", 0.0) or 0.0),
+    )

@@ -15,7 +15,7 @@ from common import discovery
 from common.errors import ConfigError
 from common.rules.base import Config, Rule
 
-HELPERS = ("base", "rounds")
+HELPERS = ("base", "elastic", "rounds")
 
 
 def names() -> tuple[str, ...]:
@@ -44,7 +44,11 @@ def configure(rule: Rule, settings: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         doc = known[name].description if name in known else ""
+        own = first.get("ctx", {}).get("error")
+        message = str(own) if isinstance(own, ValueError) else first["msg"][0].lower() + first["msg"][1:]
+        if not name:  # settings that do not go together
+            raise ConfigError(f"These settings of rule '{rule.name}' do not go together: {message}.") from None
         raise ConfigError(
-            f"Setting '{name}' of rule '{rule.name}' cannot be {first['input']!r}: {first['msg'].lower()}.",
+            f"Setting '{name}' of rule '{rule.name}' cannot be {first['input']!r}: {message}.",
             fix=f"'{name}' is {doc}." if doc else "",
         ) from None

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.rules import base
-from common.rules.base import Arrays, Config, Floats, NoArrays, Rule, kernel
+from common.rules.base import Arrays, Config, Floats, Rule, kernel
 
 
 class Downpour(Config):
@@ -26,7 +25,16 @@ def _add(c: Any, d: Any, weight: Any) -> None:
         c[i] += weight * d[i]
 
 
-def apply(config: Downpour, c: Floats, state: Arrays, session: Arrays, d: Floats, weight: float, stats: Floats) -> None:
+def apply(
+    config: Config,
+    c: Floats,
+    state: Arrays,
+    session: Arrays,
+    d: Floats,
+    weight: float,
+    args: tuple[float, ...],
+    stats: Floats,
+) -> None:
     """c <- c + weight D."""
     _add(c, d, c.dtype.type(weight))
 
@@ -36,17 +44,5 @@ RULE = Rule(
     summary="plain asynchronous SGD: the center adds every update as it comes",
     paper="Dean et al., NeurIPS 2012",
     Config=Downpour,
-    elementwise=True,
-    lost_reply="reanchor",
-    accept=base.any_optimizer,
-    update=base.delta,
-    merge=base.merge_reply,
-    state=lambda config, overlap, n, dtype: NoArrays(),
-    session=lambda config, overlap, n, dtype: NoArrays(),
-    admit=base.admit_at_once,
-    leave=base.nothing_on_leave,
-    anchor=base.no_anchor,
     apply=apply,
-    stats_width=0,
-    details=base.no_details,
 )

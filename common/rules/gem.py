@@ -20,25 +20,28 @@ a momentum SGD that would run alone. Staleness is seen only as distance, never c
 text. `paper` has no bounds and diverges when workers arrive in random order. `self_excluded` is ours: it leaves the
 worker's own last update out of the shift (without overlap: with it, the update in between stays in).
 
+`proxy` "worker" is the published rule: m and its updates are one worker's. `proxy` "global" (the paper's own future
+work) feeds one m with the updates of all, and kappa |m| bounds what all of them together moved the center by.
+
 Laws (`reference`): |shift + u| <= kappa |m| wherever |shift| <= kappa |m|; u never opposes D; with a constant
 gradient, n round-robin workers and no clamp active a round moves n/(n+1) kappa |m_inf|; of n identical first updates
-only the first passes.
+only the first passes (under "worker"). One worker alone: both proxies are the same, bit for bit.
 
 With `overlap` the oldest gradient in D was taken one exchange earlier, so s is kept two deep (`oldest`).
 The proxy brings the momentum, so the inner optimizer is plain SGD without any, unless `any_optimizer` is set.
-Left out: a proxy fed by all workers together (the paper's future work); adaptive optimizers as proxy.
+Left out: adaptive optimizers as proxy.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
 from pydantic import Field
 
 from common.rules import base
-from common.rules.base import Apply, Arrays, Config, Effect, Facts, Floats, OptimizerFacts, Reply, Rule, kernel
+from common.rules.base import Apply, Config, Effect, Facts, Floats, NoArrays, OptimizerFacts, Reply, Rule, kernel
 
 REFERENCE, PAPER, SELF_EXCLUDED = range(3)
 VARIANTS = {"reference": REFERENCE, "paper": PAPER, "self_excluded": SELF_EXCLUDED}
@@ -61,7 +64,16 @@ class Gem(Config):
     variant: Literal["reference", "paper", "self_excluded"] = Field(
         "reference", description="one of reference, paper (diverges under random arrival), self_excluded"
     )
+    proxy: Literal["worker", "global"] = Field(
+        "worker", description="one of worker (a momentum for each), global (one momentum for the updates of all)"
+    )
     any_optimizer: bool = Field(False, description="true to take inner optimizers other than plain SGD")
+
+
+class State(NamedTuple):
+    """Of the rule, with a global proxy. m: (n,) momentum of all updates."""
+
+    m: Floats
 
 
 class Session(NamedTuple):
@@ -77,6 +89,22 @@ class OverlapSession(NamedTuple):
     m: Floats
     s: Floats
     oldest: Floats
+
+
+class GlobalSession(NamedTuple):
+    """As `Session`, with a global proxy."""
+
+    s: Floats
+
+
+class GlobalOverlapSession(NamedTuple):
+    """As `OverlapSession`, with a global proxy."""
+
+    s: Floats
+    oldest: Floats
+
+
+AnySession: TypeAlias = Session | OverlapSession | GlobalSession | GlobalOverlapSession
 
 
 @kernel
@@ -135,36 +163,47 @@ def accept(config: Gem, optimizer: OptimizerFacts) -> str | None:
     )
 
 
-def session(config: Gem, overlap: bool, n: int, dtype: DTypeLike) -> Session | OverlapSession:
+def state(config: Gem, overlap: bool, n: int, dtype: DTypeLike) -> State | NoArrays:
+    """m = 0, where one is fed by all."""
+    return base.allocate(State, n, dtype) if config.proxy == "global" else NoArrays()
+
+
+def session(config: Gem, overlap: bool, n: int, dtype: DTypeLike) -> AnySession:
     """m = 0; `anchor` sets s to the center the worker is given."""
-    made: Session | OverlapSession = base.allocate(OverlapSession if overlap else Session, n, dtype)
+    kinds = (GlobalSession, GlobalOverlapSession) if config.proxy == "global" else (Session, OverlapSession)
+    made: AnySession = base.allocate(kinds[overlap], n, dtype)
     return made
 
 
 def admit(config: Gem, decisions: None, facts: Facts) -> tuple[None, list[Effect]]:
     """Apply every update as it comes; `paper` answers with the center before it."""
-    if config.variant == "paper":
-        return None, [Apply(1.0, "matched on arrival"), Reply("before", "the center without the worker's own update")]
-    return None, [Apply(1.0, "matched on arrival"), Reply("after", "the center after this update")]
+    what, why = ("before", "without the worker's own update") if config.variant == "paper" else ("after", "after it")
+    return None, [Apply(1.0, "matched on arrival"), Reply(facts.worker, what, f"the center {why}")]
 
 
-def anchor(config: Gem, c: Floats, session: Session | OverlapSession) -> None:
+def anchor(config: Gem, c: Floats, session: AnySession) -> None:
     """s <- c: the worker goes on from this center."""
     session.s[:] = c
-    if isinstance(session, OverlapSession):
-        session.oldest[:] = c
+    _oldest(session)[:] = c
 
 
 def apply(
-    config: Gem, c: Floats, state: Arrays, session: Session | OverlapSession, d: Floats, weight: float, stats: Floats
+    config: Gem,
+    c: Floats,
+    state: State | NoArrays,
+    session: AnySession,
+    d: Floats,
+    weight: float,
+    args: tuple[float, ...],
+    stats: Floats,
 ) -> None:
     """m <- mu m + D; u by variant; s <- c; c <- c + weight u."""
     real = c.dtype.type
-    oldest = session.oldest if isinstance(session, OverlapSession) else session.s
+    m, oldest = _momentum(state, session), _oldest(session)
     bound = EPSILON if config.variant == "paper" else config.clamp
     scalars = (real(config.mu), real(config.kappa), real(bound), real(weight), VARIANTS[config.variant])
-    _sample(c, session.m, oldest, d, *scalars, stats)
-    _apply(c, session.m, session.s, oldest, d, *scalars)
+    _sample(c, m, oldest, d, *scalars, stats)
+    _apply(c, m, session.s, oldest, d, *scalars)
 
 
 def details(config: Gem, stats: Floats) -> dict[str, float]:
@@ -179,20 +218,28 @@ def details(config: Gem, stats: Floats) -> dict[str, float]:
     }
 
 
+def _momentum(state: State | NoArrays, session: AnySession) -> Floats:
+    """The m that this worker's update feeds: that of all, or its own."""
+    if isinstance(session, Session | OverlapSession):
+        return session.m
+    assert isinstance(state, State)
+    return state.m
+
+
+def _oldest(session: AnySession) -> Floats:
+    """What the shift is measured from."""
+    return session.oldest if isinstance(session, OverlapSession | GlobalOverlapSession) else session.s
+
+
 RULE = Rule(
     name="gem",
     summary="Gradient Energy Matching: scale each element so that the center moves like one momentum SGD",
     paper="Hermans & Louppe, arXiv 1805.08469",
     Config=Gem,
-    elementwise=True,
-    lost_reply="reanchor",
     accept=accept,
-    update=base.delta,
-    merge=base.merge_reply,
-    state=lambda config, overlap, n, dtype: base.NoArrays(),
+    state=state,
     session=session,
     admit=admit,
-    leave=base.nothing_on_leave,
     anchor=anchor,
     apply=apply,
     stats_width=ENERGIES + SAMPLES,

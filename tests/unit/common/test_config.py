@@ -189,7 +189,7 @@ def test_a_budget_is_above_zero(name: str) -> None:
 
 
 def test_a_choice_lists_what_there_is() -> None:
-    assert "'average' or 'local'" in refusal(buffers="both")
+    assert "'auto' or 'average' or 'leader' or 'local'" in refusal(buffers="both")
 
 
 def test_a_very_long_value_does_not_fill_the_screen() -> None:
@@ -347,7 +347,7 @@ def test_every_setting_is_described_and_bounded(model: type[Settings], name: str
         ("local_steps", "a whole number, at least 1, at most 1000000"),
         ("budget_s", "a number, above 0"),
         ("overlap", "true or false"),
-        ("buffers", "'average' or 'local'"),
+        ("buffers", "'auto' or 'average' or 'leader' or 'local'"),
         ("directory", "a path"),
         ("bind", "a list, at least 1 long"),
         ("rule_settings", "a table"),
@@ -360,4 +360,4 @@ def test_what_is_allowed_reads_as_words(name: str, words: str) -> None:
 @pytest.mark.parametrize(("model", "name"), FIELDS)
 def test_a_quantity_ends_in_its_unit(model: type[Settings], name: str) -> None:
     if allowed(model.model_fields[name]).startswith("a number"):
-        assert name.endswith(("_s", "_h"))
+        assert name.endswith(("_s", "_h", "_exponent"))  # an exponent has no unit

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common import messages, wire
 from common.errors import Code, WireError
-from common.messages import Beat, Begin, Hello, Message, Push, Scalars, Version, Welcome
+from common.messages import PROTOCOL, Beat, Begin, Hello, Message, Push, Scalars, Version, Welcome
 
 KINDS = get_args(Message)
 TEXT = 1024
@@ -131,19 +131,19 @@ def test_header_bytes_do_not_change() -> None:
     """Other versions and other languages read them: a change here is a new protocol version."""
     beat = bytes(wire.encode(Beat("s", 3, 70_000))[0])
     assert beat.hex() == (
-        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c01a474797065a462656174"
+        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c02a474797065a462656174"
     )
-    push = Push(Begin("s", 1, "push", 2, "fp32", 32, Version(1, 7), 9), Scalars(0.5, 8, 1, 0.25), b"\x00\x01")
+    push = Push(Begin("s", 1, "push", 2, 0, "fp32", 32, Version(1, 7), 9), Scalars(0.5, 8, 1, 0.25), b"\x00\x01")
     header, payload = wire.encode(push)
     assert payload is push.payload
     assert bytes(header).hex() == (
-        "84a5626567696e88a773657373696f6ea173aa636f6e6e656374696f6e01a46b696e64a470757368a66e756d62657202a5636f646563a4"
-        "66703332a5627974657320a462617365920107a66d657267656409a77363616c61727384a46c6f7373cb3fe0000000000000a773616d70"
-        "6c657308a5737465707301a26c72cb3fd0000000000000a870726f746f636f6c01a474797065a470757368"
+        "84a5626567696e89a773657373696f6ea173aa636f6e6e656374696f6e01a46b696e64a470757368a66e756d62657202a8667261676d65"
+        "6e7400a5636f646563a466703332a5627974657320a462617365920107a66d657267656409a77363616c61727384a46c6f7373cb3fe000"
+        "0000000000a773616d706c657308a5737465707301a26c72cb3fd0000000000000a870726f746f636f6c02a474797065a470757368"
     )
 
 
-@pytest.mark.parametrize("protocol", [0, 2, "1", None, True, 1.0])
+@pytest.mark.parametrize("protocol", [0, PROTOCOL - 1, PROTOCOL + 1, "2", None, True, 1.0])
 def test_another_protocol_is_named_before_anything_else_is_read(protocol: object) -> None:
     with pytest.raises(WireError) as caught:
         wire.decode([msgpack.packb({"protocol": protocol, "type": "from the future", "odd": 1})])
@@ -159,17 +159,17 @@ def test_another_protocol_is_named_before_anything_else_is_read(protocol: object
         b"\x80",
         msgpack.packb([1, 2]),
         msgpack.packb({1: 2}),
-        msgpack.packb({"protocol": 1}),
-        msgpack.packb({"protocol": 1, "type": "nothing"}),
-        msgpack.packb({"protocol": 1, "type": ["beat"]}),
-        msgpack.packb({"protocol": 1, "type": "Beat"}),
-        msgpack.packb({"protocol": 1, "type": "beat"}) + b"\x00",
-        msgpack.packb({"protocol": 1, "type": "query", "what": "x" * (TEXT + 1)}),
-        msgpack.packb({"protocol": 1, "type": "query", "what": ["x"] * (wire.ARRAY_ITEMS + 1)}),
-        msgpack.packb({"protocol": 1, "type": "query", "what": {str(i): 1 for i in range(wire.MAP_ITEMS + 1)}}),
-        msgpack.packb({"protocol": 1, "type": "query", "what": b"x"}),
-        msgpack.packb({"protocol": 1, "type": "query", "what": msgpack.ExtType(1, b"x")}),
-        msgpack.packb({"protocol": 1, "type": "query", "what": msgpack.Timestamp(1)}),
+        msgpack.packb({"protocol": PROTOCOL}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "nothing"}),
+        msgpack.packb({"protocol": PROTOCOL, "type": ["beat"]}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "Beat"}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "beat"}) + b"\x00",
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": "x" * (TEXT + 1)}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": ["x"] * (wire.ARRAY_ITEMS + 1)}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": {str(i): 1 for i in range(wire.MAP_ITEMS + 1)}}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": b"x"}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": msgpack.ExtType(1, b"x")}),
+        msgpack.packb({"protocol": PROTOCOL, "type": "query", "what": msgpack.Timestamp(1)}),
         b"\x91" * 10_000,
         b"\x81\xa1x" * 10_000,
         b"\xdd\xff\xff\xff\xff",

@@ -161,7 +161,7 @@ def test_weights_sent_twice_are_loaded_once() -> None:
     desk.finish()
     assert center(desk) == {1.0}
     hand.heard()
-    hand.send(Pull(hand.session, hand.connection, "anchor", NOWHERE, 0))
+    hand.send(Pull(hand.session, hand.connection, "anchor", "", NOWHERE, 0))
     desk.finish()
     [offer] = hand.heard(Offer)
     assert np.frombuffer(offer.payload, np.float32)[0] == 1.0
@@ -229,7 +229,7 @@ def test_unknown_codec_is_refused() -> None:
 
 def test_inner_optimizer_that_the_rule_does_not_take_is_refused() -> None:
     desk = Desk(rule="gem")
-    answer = Hand(desk).hello(optimizer=Optimizer("Adam", 1e-3, 0.0, 1))
+    answer = Hand(desk).hello(optimizer=Optimizer("Adam", 1e-3, 0.0, 1, False, 0.0))
     assert answer.code == "optimizer"
     assert "Adam" in answer.sentence
     assert isinstance(Hand(desk).hello(), Welcome)
@@ -238,7 +238,7 @@ def test_inner_optimizer_that_the_rule_does_not_take_is_refused() -> None:
 def test_another_protocol_is_refused() -> None:
     desk = Desk()
     hand = Hand(desk)
-    hand.raw([b"\x81\xa8protocol\x02"])
+    hand.raw([b"\x81\xa8protocol\x63"])
     [fault] = hand.heard(Fault)
     assert fault.code == "protocol_version"
 
@@ -374,7 +374,7 @@ def test_messages_of_an_old_connection_are_drained() -> None:
     new = old.resume(0)
     before, drained = desk.state(), desk.core.drained
     here = (old.session, old.connection)
-    for message in [*pieces, Beat(*here, 5), Pull(*here, "anchor", NOWHERE, 0)]:
+    for message in [*pieces, Beat(*here, 5), Pull(*here, "anchor", "", NOWHERE, 0)]:
         old.send(message)
     assert desk.state() == before
     assert desk.core.drained == drained + len(pieces) + 2
@@ -715,7 +715,7 @@ def test_pull_waits_for_one_job_at_most() -> None:
         hand.send(hand.pieces(2)[0])
     assert len(desk.jobs) == 1
     hands[4].heard()
-    hands[4].send(Pull(hands[4].session, hands[4].connection, "evaluate", NOWHERE, 0))
+    hands[4].send(Pull(hands[4].session, hands[4].connection, "evaluate", "", NOWHERE, 0))
     desk.work()
     desk.work()
     [offer] = hands[4].heard(Offer)
@@ -731,7 +731,7 @@ def test_pulls_of_one_version_share_one_job() -> None:
     desk.by_itself = False
     for hand in hands:
         hand.heard()
-        hand.send(Pull(hand.session, hand.connection, "evaluate", NOWHERE, 0))
+        hand.send(Pull(hand.session, hand.connection, "evaluate", "", NOWHERE, 0))
     jobs = 0
     while desk.jobs or desk.holds:
         jobs += bool(desk.jobs)
@@ -745,7 +745,7 @@ def test_flood_of_pulls_does_not_keep_others_from_pushing() -> None:
     flood, other = desk.join("flood"), desk.join("other")
     desk.by_itself = False
     for _ in range(200):
-        flood.send(Pull(flood.session, flood.connection, "anchor", NOWHERE, 0))
+        flood.send(Pull(flood.session, flood.connection, "anchor", "", NOWHERE, 0))
     other.heard()
     other.send(other.pieces(1)[0])
     for _ in range(10):
@@ -764,12 +764,12 @@ def test_readers_that_stop_do_not_keep_others_from_joining_for_ever() -> None:
     for number in (1, 2):
         hand = Hand(desk, f"stopped{number}")
         hand.hello()
-        hand.send(Pull(hand.session, hand.connection, "evaluate", NOWHERE, 0))
+        hand.send(Pull(hand.session, hand.connection, "evaluate", "", NOWHERE, 0))
         stopped.append(hand)
         first.push(number)
     late = Hand(desk, "late")
     late.hello()
-    late.send(Pull(late.session, late.connection, "anchor", NOWHERE, 0))
+    late.send(Pull(late.session, late.connection, "anchor", "", NOWHERE, 0))
     for _ in range(10):
         desk.wait(4.0)
         for hand in [*stopped, late, first]:
@@ -784,7 +784,7 @@ def test_reader_that_goes_while_its_pull_is_encoded_leaves_nothing_behind(how: s
     desk.by_itself = False
     hand = Hand(desk, "b")
     hand.hello()
-    hand.send(Pull(hand.session, hand.connection, "anchor", NOWHERE, 0))
+    hand.send(Pull(hand.session, hand.connection, "anchor", "", NOWHERE, 0))
     if how == "leaves":
         hand.bye()
     else:
@@ -805,7 +805,7 @@ def test_chunks_of_a_reply_are_sent_as_far_as_the_window_and_in_order() -> None:
     desk = Desk(LARGE)
     hand = desk.join()
     hand.heard()
-    hand.send(Pull(hand.session, hand.connection, "evaluate", NOWHERE, 0))
+    hand.send(Pull(hand.session, hand.connection, "evaluate", "", NOWHERE, 0))
     [offer] = hand.heard()
     for until, expected in ((1, [0]), (1, []), (3, [1, 2]), (9, []), (0, [])):
         hand.more(offer.reply.id, until)
@@ -816,7 +816,7 @@ def test_nobody_else_can_fetch_a_reply() -> None:
     desk = Desk(LARGE)
     hand, thief = desk.join("a"), desk.join("b")
     hand.heard()
-    hand.send(Pull(hand.session, hand.connection, "evaluate", NOWHERE, 0))
+    hand.send(Pull(hand.session, hand.connection, "evaluate", "", NOWHERE, 0))
     [offer] = hand.heard(Offer)
     thief.heard()
     thief.more(offer.reply.id)

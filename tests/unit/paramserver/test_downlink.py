@@ -24,7 +24,7 @@ class Out:
         self.data = np.random.default_rng(1).integers(0, 256, self.plan.bytes, np.uint8)
         self.given_back = 0
         self.first = downlink.offer(
-            lambda reply, payload: Offer(session, connection, "evaluate", reply, False, payload),
+            lambda reply, payload: Offer(session, connection, "evaluate", "", reply, False, payload),
             self.data,
             self.plan,
             V,

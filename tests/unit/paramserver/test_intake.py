@@ -30,7 +30,7 @@ every_codec = pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 
 def begin(plan: Plan, **changes: Any) -> Begin:
     values = {"session": "s", "connection": 1, "kind": "push", "number": 1, "codec": plan.codec, "bytes": plan.bytes}
-    return Begin(**(values | {"base": NOW, "merged": 0} | changes))  # type: ignore[arg-type]
+    return Begin(**(values | {"fragment": 0, "base": NOW, "merged": 0} | changes))  # type: ignore[arg-type]
 
 
 def transfer(plan: Plan) -> Transfer:
@@ -46,14 +46,15 @@ def refused(code: Code, act: Any, *arguments: Any) -> None:
 
 @every_codec
 def test_begin(plan: Plan) -> None:
-    intake.check_begin(begin(plan), plan, NOW)
-    intake.check_begin(begin(plan, base=Version(1, 99)), plan, NOW)
+    intake.check_begin(begin(plan), (plan,), NOW)
+    intake.check_begin(begin(plan, base=Version(1, 99)), (plan,), NOW)
     other = next(name for name in PLANS if name != plan.codec)
-    refused(Code.UNKNOWN_CODEC, intake.check_begin, begin(plan, codec=other), plan, NOW)
+    refused(Code.BAD_CHUNK, intake.check_begin, begin(plan, fragment=1), (plan,), NOW)
+    refused(Code.UNKNOWN_CODEC, intake.check_begin, begin(plan, codec=other), (plan,), NOW)
     for wrong in (0, plan.bytes - 1, plan.bytes + 1, 2**53 - 1):
-        refused(Code.BAD_LENGTH, intake.check_begin, begin(plan, bytes=wrong), plan, NOW)
+        refused(Code.BAD_LENGTH, intake.check_begin, begin(plan, bytes=wrong), (plan,), NOW)
     for future in (Version(2, 11), Version(3, 0)):
-        refused(Code.BASE_VERSION, intake.check_begin, begin(plan, base=future), plan, NOW)
+        refused(Code.BASE_VERSION, intake.check_begin, begin(plan, base=future), (plan,), NOW)
 
 
 @every_codec

@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramserver.order import Job, WorkOrder
+from paramserver.shard import Work
+
+WORK = Work(4, 100, lambda first, last, scratch: True)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -26,7 +29,7 @@ def test_order_of_work(steps: list[str]) -> None:
     def job(name: str) -> Job:
         def start() -> Any:
             started.append(name)
-            return None if name.startswith("empty") else lambda first, last, scratch: True
+            return None if name.startswith("empty") else WORK
 
         return Job(name, start, lambda results: finished.append(name))
 
@@ -38,7 +41,7 @@ def test_order_of_work(steps: list[str]) -> None:
                 order.add(job(name), pull=step == "pull")
                 (pulls if step == "pull" else pushes).append(name)
             case "next":
-                run = order.next(4, 100)
+                run = order.next()
                 if running is not None:
                     assert run is None, "never two jobs at once"
                     continue
@@ -71,8 +74,8 @@ def test_finishing_what_does_not_run_is_a_defect() -> None:
     order = WorkOrder()
     with pytest.raises(AssertionError):
         order.finish(1, [])
-    order.add(Job("a", lambda: lambda first, last, scratch: True, lambda results: None))
-    run = order.next(1, 1)
+    order.add(Job("a", lambda: WORK, lambda results: None))
+    run = order.next()
     assert run is not None
     assert "running a" in repr(order)
     with pytest.raises(AssertionError):
@@ -83,10 +86,10 @@ def test_finishing_what_does_not_run_is_a_defect() -> None:
 def test_a_job_may_add_another_when_it_is_done() -> None:
     order = WorkOrder()
     done: list[str] = []
-    second = Job("b", lambda: lambda first, last, scratch: True, lambda results: done.append("b"))
-    order.add(Job("a", lambda: lambda first, last, scratch: True, lambda results: order.add(second)))
+    second = Job("b", lambda: WORK, lambda results: done.append("b"))
+    order.add(Job("a", lambda: WORK, lambda results: order.add(second)))
     for _ in range(2):
-        run = order.next(1, 1)
+        run = order.next()
         assert run is not None
         order.finish(run.job, [True])
     assert done == ["b"]

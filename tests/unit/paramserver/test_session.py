@@ -96,7 +96,7 @@ def test_end_keeps_only_the_record() -> None:
 
 
 def test_committed_means_that_the_scalars_are_there() -> None:
-    begin = Begin("t", 1, "push", 1, "fp32", 8, Version(1, 0), 0)
+    begin = Begin("t", 1, "push", 1, 0, "fp32", 8, Version(1, 0), 0)
     transfer = Transfer(begin, 1, 0.0)
     assert not transfer.committed
     transfer.scalars = Scalars(0.0, 1, 1, 0.1)

@@ -41,7 +41,14 @@ from worker import core as worker
 from worker.core import WorkerCore
 
 SETTINGS = {"rule": "downpour", "codec": "fp32", "reply_codec": "fp32", "local_steps": 1, "overlap": False}
-SETTINGS |= {"buffers": "average", "lease_s": 30.0, "window_chunks": 2, "finished": False}
+SETTINGS |= {
+    "schedules": False,
+    "fragments": 1,
+    "buffers": "average",
+    "lease_s": 30.0,
+    "window_chunks": 2,
+    "finished": False,
+}
 SCALARS = Scalars(0.5, 8, 1, 0.1)
 SILENCE_S = 15.0
 FIRST = Version(1, 0)
@@ -122,11 +129,13 @@ class Bench:
 
     def anchor(self, version: Version = FIRST, connection: int = 1) -> None:
         """The server's answer to a pull."""
-        self.down(lambda reply, data: Offer("s", connection, "anchor", reply, False, data), version, 100, connection)
+        self.down(
+            lambda reply, data: Offer("s", connection, "anchor", "", reply, False, data), version, 100, connection
+        )
 
     def ack(self, number: int, version: Version, connection: int = 1, outcome: Any = "applied", code: str = "") -> None:
         def announce(reply: Reply | None, data: bytes) -> Ack:
-            return Ack("s", connection, number, outcome, code, "", version, Version(1, 0), 1.0, False, reply, data)
+            return Ack("s", connection, number, outcome, code, "", version, Version(1, 0), 1.0, False, 1, reply, data)
 
         if outcome == "applied":
             self.down(announce, version, 200 + number, connection)
@@ -189,7 +198,7 @@ def test_supplying_the_first_weights(layout: Layout) -> None:
     else:
         [push] = bench.told()
         assert push.begin.kind == "init"
-    bench.hears(Ack("s", 1, 0, "applied", "", "", Version(1, 0), Version(0, 0), 1.0, False))
+    bench.hears(Ack("s", 1, 0, "applied", "", "", Version(1, 0), Version(0, 0), 1.0, False, 1))
     assert [m.purpose for m in bench.told(Pull)] == ["anchor"]
 
 
@@ -372,7 +381,7 @@ def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
         welcome = bench.welcome(session=token, connection=2, resumed=resumed, last_decided=1 if token == "s" else 0)
         bench.hears(welcome)
         reply, data = bench.reply(Version(1, 1), 300)
-        bench.hears(Offer(token, 2, "anchor", reply, False, data))
+        bench.hears(Offer(token, 2, "anchor", "", reply, False, data))
         bench.told()
         bench.pushes(Version(1, 1))
         [push] = bench.told()
@@ -385,7 +394,7 @@ def test_push_that_crosses_the_news_of_an_anchor_is_taken_back() -> None:
     bench.does(worker.LinkLost())
     bench.hears(bench.welcome(session="other", connection=2, resumed="new"))
     reply, data = bench.reply(Version(1, 7), 300)
-    bench.hears(Offer("other", 2, "anchor", reply, False, data))
+    bench.hears(Offer("other", 2, "anchor", "", reply, False, data))
     bench.told()
     bench.news()
     bench.pushes()
@@ -406,7 +415,7 @@ def test_trainer_learns_that_it_must_anchor_anew_before_it_pushes_again() -> Non
     bench.pushes()
     before = bench.news()
     reply, data = bench.reply(Version(1, 3), 300)
-    bench.hears(Offer("other", 1, "anchor", reply, False, data))
+    bench.hears(Offer("other", 1, "anchor", "", reply, False, data))
     news = before + bench.news()
     kinds = [type(one) for one in news]
     assert worker.Fetched in kinds
@@ -432,7 +441,7 @@ def test_rejection_and_refusal_are_told_with_their_code() -> None:
 def test_held_is_not_settled() -> None:
     bench = joined()
     bench.pushes()
-    bench.hears(Ack("s", 1, 1, "held", "", "", Version(1, 0), Version(1, 0), 1.0, False))
+    bench.hears(Ack("s", 1, 1, "held", "", "", Version(1, 0), Version(1, 0), 1.0, False, 1))
     assert not bench.news()
     bench.ack(1, Version(1, 1))
     assert bench.news(worker.Settled)
@@ -513,9 +522,9 @@ def test_reply_that_is_not_finite_raises_doubt_and_is_not_merged(layout: Layout)
     reply, data = bench.reply(Version(1, 4), 7)
     broken = data[:-8] + b"\xff" * 8
     if layout is SMALL:
-        bench.hears(Offer("s", 1, "evaluate", reply, False, broken))
+        bench.hears(Offer("s", 1, "evaluate", "", reply, False, broken))
     else:
-        bench.hears(Offer("s", 1, "evaluate", reply, False))
+        bench.hears(Offer("s", 1, "evaluate", "", reply, False))
         for index, chunk in enumerate(bench.core.plan("fp32").chunks):
             bench.hears(Chunk("s", 1, 7, index, broken[chunk.offset : chunk.offset + chunk.size]))
     assert bench.news(worker.Fetched) == []
@@ -535,8 +544,8 @@ def test_pull_is_answered_once_and_asked_again_after_doubt(layout: Layout) -> No
     bench.hears(bench.welcome(connection=2, resumed="live"))
     assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
     bench.news()
-    bench.down(lambda reply, data: Offer("s", 2, "evaluate", reply, False, data), Version(1, 4), 7, 2)
-    bench.down(lambda reply, data: Offer("s", 2, "evaluate", reply, False, data), Version(1, 4), 8, 2)
+    bench.down(lambda reply, data: Offer("s", 2, "evaluate", "", reply, False, data), Version(1, 4), 7, 2)
+    bench.down(lambda reply, data: Offer("s", 2, "evaluate", "", reply, False, data), Version(1, 4), 8, 2)
     [fetched] = bench.news()
     assert (fetched.purpose, fetched.base) == ("evaluate", (1, 4))
 
@@ -547,7 +556,7 @@ def test_window_down_is_kept_open_and_never_wider_than_agreed() -> None:
     bench.does(worker.PullWanted("evaluate"))
     bench.told()
     reply, data = bench.reply(Version(1, 1), 9)
-    bench.hears(Offer("s", 1, "evaluate", reply, False))
+    bench.hears(Offer("s", 1, "evaluate", "", reply, False))
     until = 0
     for index, chunk in enumerate(bench.core.plan("fp32").chunks):
         for more in bench.told(More):
@@ -569,7 +578,7 @@ def test_reply_that_does_not_fit_raises_doubt_and_not_an_exception(wrong: str) -
             reply = replace(reply, bytes=reply.bytes + 8)
         case "codec":
             reply = replace(reply, codec="of the future")
-    bench.hears(Offer("s", 1, "evaluate", reply, False))
+    bench.hears(Offer("s", 1, "evaluate", "", reply, False))
     if wrong == "chunk":
         bench.hears(Chunk("s", 1, 9, 0, data[:100]))
     if wrong == "index":
@@ -626,10 +635,10 @@ def test_end_of_training_is_told_once(how: str) -> None:
         case "bye":
             bench.hears(Bye("s", 1, "finished"), Bye("s", 1, "finished"))
         case "ack":
-            bench.hears(Ack("s", 1, 9, "rejected", "finished", "", Version(1, 0), Version(1, 0), 1.0, True))
+            bench.hears(Ack("s", 1, 9, "rejected", "finished", "", Version(1, 0), Version(1, 0), 1.0, True, 1))
         case "offer":
             reply, data = bench.reply(Version(1, 1))
-            bench.hears(Offer("s", 1, "evaluate", reply, True, data))
+            bench.hears(Offer("s", 1, "evaluate", "", reply, True, data))
         case "welcome":
             bench.hears(bench.welcome(settings=SETTINGS | {"finished": True}))
     assert len(bench.news(worker.Finished)) == 1

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from common import rules
-from common.rules.base import Apply, Facts, Floats, OptimizerFacts, Reply
-from tests.rule_driver import Cluster, Quadratic, Server, simulate, trained_alone, trained_with_server
+from common.replay import RuleServer
+from common.rules.base import Apply, Facts, Floats, NoArrays, OptimizerFacts, Reply
+from tests.rule_driver import Cluster, Quadratic, simulate, trained_alone, trained_with_server
 
 DOWNPOUR = rules.load("downpour")
 CONFIG = rules.configure(DOWNPOUR, {})
@@ -67,12 +68,13 @@ def test_center_is_the_sum_in_any_order(start: Floats, pushes: list[tuple[int, F
     """On whole numbers there is no rounding, and the order cannot be seen."""
     ends = []
     for order in (pushes, pushes[::-1]):
-        server = Server.start(DOWNPOUR, CONFIG, start)
+        server = RuleServer.start(DOWNPOUR, CONFIG, start)
         for i in range(3):
             server.join(f"w{i}")
         for worker, d in order:
-            reply = server.push(f"w{worker}", d)
-            np.testing.assert_array_equal(reply, server.center)
+            result = server.push(f"w{worker}", d)
+            assert result.outcome == "applied"
+            np.testing.assert_array_equal(result.replies[f"w{worker}"], server.center)
         ends.append(server.center)
         assert server.version == len(pushes)
     np.testing.assert_array_equal(ends[0], start + sum((d for _, d in pushes), np.zeros(5)))
@@ -82,8 +84,8 @@ def test_center_is_the_sum_in_any_order(start: Floats, pushes: list[tuple[int, F
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_weight_scales_the_update(dtype: Any) -> None:
     c, d = np.array([1.0, -2.0, 0.5], dtype), np.array([4.0, 8.0, -16.0], dtype)
-    state, session = (make(CONFIG, False, 3, dtype) for make in (DOWNPOUR.state, DOWNPOUR.session))
-    DOWNPOUR.apply(CONFIG, c, state, session, d, 0.25, np.zeros(0))
+    assert DOWNPOUR.apply is not None
+    DOWNPOUR.apply(CONFIG, c, NoArrays(), NoArrays(), d, 0.25, (), np.zeros(0))
     np.testing.assert_array_equal(c, [2.0, 0.0, -3.5])
 
 
@@ -98,11 +100,11 @@ def test_admits_at_once_and_answers_with_the_center_after() -> None:
     for lag in (0, 1, 1000):
         decisions, effects = DOWNPOUR.admit(CONFIG, None, Facts("w0", 1, 1, lag, 0.5, 32, 0.1))
         match effects:
-            case [Apply(1.0), Reply("after")]:
+            case [Apply(1.0), Reply("w0", "after")]:
                 pass
             case _:
                 pytest.fail(f"lag {lag}: {effects}")
-        assert DOWNPOUR.leave(CONFIG, decisions, "w0") == (decisions, [])
+        assert DOWNPOUR.leave(CONFIG, decisions, "w0", 0.0) == (decisions, [])
 
 
 def test_takes_any_inner_optimizer() -> None:

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from common import rules
-from common.rules.base import Apply, Facts, Floats, OptimizerFacts, Reply
-from tests.rule_driver import Cluster, Quadratic, Server, simulate, trained_alone, trained_with_server
+from common.replay import RuleServer
+from common.rules.base import Apply, Facts, Floats, NoArrays, OptimizerFacts, Reply
+from tests.rule_driver import Cluster, Quadratic, simulate, trained_alone, trained_with_server
 
 GEM = rules.load("gem")
 VECTORS = json.loads((Path(__file__).parents[3] / "golden" / "gem.json").read_text())
@@ -33,9 +34,9 @@ PRINTED = 5.1e-11
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def served(center: Floats, *, workers: int = 1, overlap: bool = False, **configured: Any) -> Server:
+def served(center: Floats, *, workers: int = 1, overlap: bool = False, **configured: Any) -> RuleServer:
     """A server at `center` that workers w0, w1 ... have joined."""
-    server = Server.start(GEM, rules.configure(GEM, configured), center, overlap=overlap)
+    server = RuleServer.start(GEM, rules.configure(GEM, configured), center, overlap=overlap)
     for i in range(workers):
         server.join(f"w{i}")
     return server
@@ -52,7 +53,7 @@ class Commit(NamedTuple):
     theta: Floats
 
 
-def round_robin(server: Server, gradient: Callable[[Floats], Floats], *, lr: float, commits: int) -> list[Commit]:
+def round_robin(server: RuleServer, gradient: Callable[[Floats], Floats], *, lr: float, commits: int) -> list[Commit]:
     """Workers push in turn, each one gradient step from the reply to its last push."""
     n = len(server.sessions)
     held = [server.center.copy() for _ in range(n)]
@@ -60,9 +61,7 @@ def round_robin(server: Server, gradient: Callable[[Floats], Floats], *, lr: flo
     for t in range(commits):
         worker, session = t % n, server.sessions[f"w{t % n}"]
         delta, before, s = -lr * gradient(held[worker]), server.center.copy(), session.s.copy()
-        reply = server.push(f"w{worker}", delta, lr=lr)
-        assert reply is not None
-        held[worker] = reply
+        held[worker] = server.push(f"w{worker}", delta, lr=lr).replies[f"w{worker}"]
         theta = server.center.copy()
         made.append(Commit(worker, delta, session.m.copy(), before - s, theta - before, theta))
     return made
@@ -193,7 +192,7 @@ def test_paper_variant_does_not_divide_by_zero(dtype: Any) -> None:
 
 
 @st.composite
-def situations(draw: st.DrawFn, size: int = 6) -> tuple[Server, Floats, Floats]:
+def situations(draw: st.DrawFn, size: int = 6) -> tuple[RuleServer, Floats, Floats]:
     """A server about to take update D, after any past. s is zero, so that the center is the shift, exactly."""
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     elements = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
@@ -207,7 +206,7 @@ def situations(draw: st.DrawFn, size: int = 6) -> tuple[Server, Floats, Floats]:
 
 @property_test
 @given(situations())
-def test_center_has_no_more_energy_than_the_proxy(situation: tuple[Server, Floats, Floats]) -> None:
+def test_center_has_no_more_energy_than_the_proxy(situation: tuple[RuleServer, Floats, Floats]) -> None:
     server, shift, d = situation
     server.push("w0", d)
     proxy = np.float64(server.config.model_dump()["kappa"]) * np.abs(server.sessions["w0"].m)
@@ -219,7 +218,7 @@ def test_center_has_no_more_energy_than_the_proxy(situation: tuple[Server, Float
 
 @property_test
 @given(situations())
-def test_no_element_moves_against_its_update_or_beyond_the_clamp(situation: tuple[Server, Floats, Floats]) -> None:
+def test_no_element_moves_against_its_update_or_beyond_the_clamp(situation: tuple[RuleServer, Floats, Floats]) -> None:
     server, shift, d = situation
     server.push("w0", d)
     moved = server.center - shift
@@ -233,7 +232,7 @@ def test_no_element_moves_against_its_update_or_beyond_the_clamp(situation: tupl
 @property_test
 @given(situations(), st.floats(0, 1))
 def test_energy_ratio_is_at_most_one_where_the_shift_is_small(
-    situation: tuple[Server, Floats, Floats], fraction: float
+    situation: tuple[RuleServer, Floats, Floats], fraction: float
 ) -> None:
     server, _, d = situation
     proxy = server.config.model_dump()["kappa"] * np.abs(0.9 * server.sessions["w0"].m + d)
@@ -276,7 +275,8 @@ def test_weight_scales_what_the_center_moves_by_and_no_momentum(variant: str, ov
         server = served(center * 0, overlap=overlap, variant=variant)
         server.center[:], server.sessions["w0"].m[:] = center, m
         server.stats = np.zeros((1, GEM.stats_width))
-        GEM.apply(server.config, server.center, (), server.sessions["w0"], d, weight, server.stats[0])
+        assert GEM.apply is not None
+        GEM.apply(server.config, server.center, NoArrays(), server.sessions["w0"], d, weight, (), server.stats[0])
         ends.append(server)
     whole, quarter = ends
     close(quarter.center - center, 0.25 * (whole.center - center))
@@ -368,13 +368,73 @@ def test_a_rejoining_worker_is_measured_from_what_it_is_given(overlap: bool) -> 
     np.testing.assert_array_equal(server.center, given + 0.25)
 
 
+# A proxy fed by all workers together.
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("variant", ["reference", "paper", "self_excluded"])
+def test_global_proxy_of_one_worker_is_its_own(variant: str, overlap: bool) -> None:
+    random = np.random.default_rng(17)
+    start, pushes = random.normal(size=31), random.normal(size=(12, 31))
+    ends = []
+    for proxy in ("worker", "global"):
+        server = served(start, overlap=overlap, variant=variant, proxy=proxy)
+        for d in pushes:
+            server.push("w0", d)
+        ends.append((server.center.tobytes(), server.stats.tobytes()))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_global_proxy_is_one_momentum_of_all_updates(overlap: bool) -> None:
+    """Against a transcription: m is of all, s of each worker."""
+    random = np.random.default_rng(18)
+    drift = random.normal(size=20)
+    pushes = [(int(random.integers(3)), drift + random.normal(scale=0.7, size=20)) for _ in range(25)]
+    center = random.normal(size=20)
+    server = served(center, workers=3, overlap=overlap, proxy="global", mu=0.8, kappa=1.5)
+    m, kept = np.zeros(20), [[center, center] for _ in range(3)]
+    for worker, d in pushes:
+        server.push(f"w{worker}", d)
+        m = 0.8 * m + d
+        shift = center - kept[worker][-2 if overlap else -1]
+        kept[worker].append(center)
+        center = center + np.sign(d) * np.clip(1.5 * np.abs(m) - np.abs(shift), 0, 5 * np.abs(d))
+        close(server.center, center)
+        close(server.state.m, m)
+    assert all("m" not in session._fields for session in server.sessions.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_global_proxy_moves_as_far_in_a_round_of_a_constant_gradient(n: int) -> None:
+    """m_inf is that of one worker's updates: n workers no more multiply it than with a proxy each."""
+    server = served(np.zeros(1), workers=n, proxy="global", clamp=1e6)
+    before = server.center.copy()
+    for t in range(400 * n):
+        if t == (400 - (n + 1)) * n:
+            before = server.center.copy()
+        server.push(f"w{t % n}", np.array([-0.05]))
+    close((server.center - before) / (n + 1), n / (n + 1) * -0.05 / (1 - 0.9))
+
+
+def test_global_proxy_converges_and_outlives_its_workers() -> None:
+    objective = Quadratic()
+    config = rules.configure(GEM, {"proxy": "global"})
+    run = simulate(GEM, config, objective, Cluster(lr=0.1, leave_s=((0, 20.0),)), seed=1, pushes=600)
+    assert objective.loss(run.server.center) < 0.01 * objective.loss(objective.initial())
+    m = run.server.state.m.copy()
+    run.server.leave("w1")
+    run.server.join("w1")
+    np.testing.assert_array_equal(run.server.state.m, m)
+
+
 # Decisions and words.
 
 
 def test_reply_is_the_center_after_except_for_the_paper_variant() -> None:
     for variant, what in (("reference", "after"), ("self_excluded", "after"), ("paper", "before")):
         server = served(np.zeros(2), variant=variant)
-        reply = server.push("w0", np.ones(2))
+        reply = server.push("w0", np.ones(2)).replies["w0"]
         np.testing.assert_array_equal(reply, np.ones(2) if what == "after" else np.zeros(2))
         np.testing.assert_array_equal(server.center, np.ones(2))
 
@@ -384,7 +444,7 @@ def test_admits_every_update_in_full_whatever_its_lag() -> None:
     for lag in (0, 1, 1000):
         _, effects = GEM.admit(config, None, Facts("w0", 1, 1, lag, 0.5, 32, 0.05))
         match effects:
-            case [Apply(1.0), Reply("after")]:
+            case [Apply(1.0), Reply("w0", "after")]:
                 pass
             case _:
                 pytest.fail(f"lag {lag}: {effects}")
@@ -434,7 +494,7 @@ def test_figures_of_an_update(n: int, blocks: int) -> None:
     random = np.random.default_rng(n)
     center, m, d = random.normal(scale=0.5, size=n), random.normal(size=n), random.normal(size=n)
     d[::14] = 0.0
-    server = Server.start(GEM, rules.configure(GEM, {}), np.zeros(n), block_elements=length)
+    server = RuleServer.start(GEM, rules.configure(GEM, {}), np.zeros(n), block_elements=length)
     server.join("w0")
     server.center[:], server.sessions["w0"].m[:] = center, m
     server.push("w0", d)
