@@ -294,6 +294,9 @@ class WorkerSettings(Settings):
     task: str = Field(default="digits", min_length=1, description="what to train: a built-in task, or FILE.py:FUNCTION")
     device: str = Field(default="cpu", min_length=1, description="torch device to train on, such as cpu or cuda:0")
     group: int | None = Field(default=None, ge=0, le=1024, description="group to be in, under a rule that has groups")
+    optimizer: Literal["task", "sgd", "nesterov", "adamw"] = Field(
+        default="task", description="inner optimizer of a built-in task, or its own choice"
+    )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="start of every random choice of the worker")
     connect_timeout_s: float = Field(
         default=30, gt=0, le=86_400, description="wait at start for a server that is not there yet"

@@ -84,6 +84,12 @@ PRINT_CONFIG = typer.Option(False, "--print-config", metavar="", help="show ever
 JSON = typer.Option(False, "--json", metavar="", help="as JSON, for scripts")
 PARENT = typer.Option(None, hidden=True, help="process id of the parent that this process shall not outlive")
 DATA = typer.Option(None, "--data", metavar="PATH", help="folder of data sets, for tasks that read one")
+OPTIMIZER = typer.Option(
+    "",
+    metavar="sgd|nesterov|adamw",
+    help="inner optimizer of a built-in task (default: its own choice)",
+    show_default=False,
+)
 MODEL_SEED = typer.Option(0, metavar="N", help="start of the initial weights, the same for all workers of a run")
 
 
@@ -123,7 +129,9 @@ def serve(
     voice.say("info", "Stopped.")
 
 
-@takes_settings(app, "WorkerSettings", only=("name", "task", "device", "group", "seed", "connect_timeout_s"))
+@takes_settings(
+    app, "WorkerSettings", only=("name", "task", "device", "group", "optimizer", "seed", "connect_timeout_s")
+)
 def worker(
     address: str | None = typer.Argument(None, help="the server's, from its join line", show_default=False),
     config: Path | None = CONFIG,
@@ -174,6 +182,7 @@ def launch(
     task: str = typer.Option("digits", metavar="TASK", help="a built-in task, or FILE.py:FUNCTION"),
     per_gpu: int | None = typer.Option(None, min=1, metavar="N", help="so many workers on each visible CUDA device"),
     data: Path | None = DATA,
+    optimizer: str = OPTIMIZER,
     no_solo: bool = typer.Option(False, "--no-solo", metavar="", help="train no lone worker to compare with"),
     config: Path | None = CONFIG,
     **flags: Any,
@@ -182,7 +191,9 @@ def launch(
     loaded = load("ServerSettings", config, flags)
     from deploy import local, plan
 
-    made = plan.make(loaded, task=task, workers=workers, per_gpu=per_gpu, data=data, solo=not no_solo)
+    made = plan.make(
+        loaded, task=task, workers=workers, per_gpu=per_gpu, data=data, optimizer=optimizer, solo=not no_solo
+    )
     exit_on_signals()
     voice = Voice()
     results = local.launch(made, voice.console, voice.say)
@@ -199,6 +210,7 @@ def alone(
     seed: int = typer.Option(0, metavar="N"),
     model_seed: int = MODEL_SEED,
     data: Path | None = DATA,
+    optimizer: str = OPTIMIZER,
     threads: int = typer.Option(1, min=1, metavar="N"),
     die_with_parent: int | None = PARENT,
 ) -> None:
@@ -207,7 +219,16 @@ def alone(
     exit_on_signals()
     from deploy.measure import train_alone
 
-    found = train_alone(task, steps, device=device, seed=seed, model_seed=model_seed, data=data, threads=threads)
+    found = train_alone(
+        task,
+        steps,
+        device=device,
+        seed=seed,
+        model_seed=model_seed,
+        data=data,
+        threads=threads,
+        optimizer=optimizer,
+    )
     _write(report, json.dumps(found, indent=1))
 
 

@@ -78,12 +78,20 @@ class Center:
 
 
 def train_alone(
-    task: str, steps: int, *, device: str, seed: int, model_seed: int, data: Path | None, threads: int
+    task: str,
+    steps: int,
+    *,
+    device: str,
+    seed: int,
+    model_seed: int,
+    data: Path | None,
+    threads: int,
+    optimizer: str = "",
 ) -> dict[str, Any]:
     """Train `task` for `steps` optimizer steps; returns its figures, the time of its evaluations not counted."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    made = tasks.load(task).make(Context(seed, model_seed, "alone", torch.device(device), data))
+    made = tasks.load(task).make(Context(seed, model_seed, "alone", torch.device(device), data, optimizer))
     curve: list[dict[str, Any]] = []
     samples, evaluating_s, started = 0, 0.0, time.monotonic()
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from common import config
+from common import config, discovery
 from common.config import Loaded, ServerSettings
 from common.errors import ConfigError
 from worker import tasks
-from worker.tasks import Context, Task
+from worker.tasks import OPTIMIZERS, Context, Task
 
 UPDATES_PER_WORKER = 150
 """Budget where none is given."""
@@ -39,6 +39,8 @@ class Plan:
     """Of each worker."""
     directory: Path
     data: Path | None
+    optimizer: str
+    """Inner optimizer of the task; "": its own choice."""
     solo: bool
     center: Task
     """To look at the center with."""
@@ -66,6 +68,7 @@ class Plan:
             f"--model-seed={self.seed}",
             f"--threads={self.threads}",
             *([f"--data={self.data}"] if self.data else []),
+            *([f"--optimizer={self.optimizer}"] if self.optimizer else []),
         ]
 
 
@@ -76,13 +79,19 @@ def make(
     workers: int | None = None,
     per_gpu: int | None = None,
     data: Path | None = None,
+    optimizer: str = "",
     solo: bool = True,
 ) -> Plan:
     """Fill in what was not given; raises ConfigError where the task, a device or a setting is not there."""
     devices = _devices(workers, per_gpu)
+    if optimizer and optimizer not in OPTIMIZERS:
+        raise ConfigError(
+            f"There is no inner optimizer '{optimizer}'{discovery.nearest(optimizer, OPTIMIZERS)}.",
+            fix=f"There are: {', '.join(OPTIMIZERS)}.",
+        )
     threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
     torch.set_num_threads(1)
-    context = Context(0, loaded.settings.seed, "launcher", torch.device(devices[0]), data)
+    context = Context(0, loaded.settings.seed, "launcher", torch.device(devices[0]), data, optimizer)
     center = tasks.load(task).make(context)
     settings, chosen = loaded.settings, dict[str, Any]()
     if loaded.origins["bind"] == "default":
@@ -96,7 +105,7 @@ def make(
     settings = ServerSettings.model_validate(given | chosen)
     assert settings.directory is not None
     server = Loaded(settings, {**loaded.origins, **dict.fromkeys(chosen, "launch")})
-    return Plan(server, task, devices, threads, settings.directory, data, solo, center)
+    return Plan(server, task, devices, threads, settings.directory, data, optimizer, solo, center)
 
 
 def words_of(settings: ServerSettings) -> list[str]:

@@ -68,7 +68,8 @@ def run(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    context = Context(settings.seed, model_seed, settings.name or "worker", _device(settings.device), data)
+    optimizer = "" if settings.optimizer == "task" else settings.optimizer
+    context = Context(settings.seed, model_seed, settings.name or "worker", _device(settings.device), data, optimizer)
     task = tasks.load(settings.task).make(context)
     _seed(settings.seed)
     name, timeout_s = settings.name, settings.connect_timeout_s

@@ -156,6 +156,8 @@ class Session:
         self._evaluated: core.Fetched | None = None
         self._order: Order | None = None
         """What the server last said is next, under a rule that schedules."""
+        self._early: core.Settled | None = None
+        """A reply that is here before the rule wants it merged."""
         self._pulled: core.Fetched | None = None
         self._loss = 0.0
         self._samples = 0
@@ -220,10 +222,17 @@ class Session:
             self._samples += samples
             self._driver.post(core.Progress(self.steps, self._samples, self._loss))
         self._take_news()
+        if self._in_flight is not None and 0 < self._delay <= self.steps - self._in_flight.at_step:
+            self._wait_until_settled()
         if self._rule.schedules:
             self._obey()
         elif self._progress.steps >= self._rule.local_steps(self._config, self._local_steps, self._done):
             self._exchange()
+
+    @property
+    def _delay(self) -> int:
+        """Steps between a push and the merge of its reply; 0: as soon as it is there."""
+        return self._rule.delay(self._config) if self._overlap else 0
 
     @property
     def _done(self) -> int:
@@ -312,6 +321,8 @@ class Session:
         deadline = time.monotonic() + timeout_s
         while not self.finished and (self._in_flight is not None or self._progress.steps):
             self._take_news()
+            if self._early is not None:
+                self._wait_until_settled()
             if self._in_flight is None and not self._away and not self._reanchoring:
                 self._push()
             left = deadline - time.monotonic()
@@ -411,9 +422,12 @@ class Session:
         if self._rule.track is not None:
             up.decode(self._update, self._sent)
 
-    def _settled(self, news: core.Settled) -> None:
+    def _settled(self, news: core.Settled, *, early: bool) -> None:
         if self._in_flight is None:
             return  # withdrawn meanwhile
+        if early and news.values is not None and self.steps - self._in_flight.at_step < self._delay:
+            self._early = news
+            return
         if news.outcome == "applied" and news.values is not None:
             self.exchanges.pushed += 1
             self._rejected_in_a_row = 0
@@ -507,7 +521,7 @@ class Session:
             self._anchor, self._outlived = news.values, self._anchor
         else:
             self._go_on_from(news.values)
-        self._in_flight = None
+        self._in_flight = self._early = None
         self._base = news.base
         self._discard = self._reanchoring = False
 
@@ -565,7 +579,7 @@ class Session:
             case core.NeedWeights():
                 self._send_weights()
             case core.Settled():
-                self._settled(news)
+                self._settled(news, early=True)
             case core.Orphaned():
                 self._orphaned(news)
             case core.Fetched(purpose="anchor"):
@@ -611,6 +625,9 @@ class Session:
     def _wait_until_settled(self) -> None:
         """Wait for the push in flight, unless the server is away: then training goes on."""
         self._take_news()
+        early, self._early = self._early, None
+        if early is not None:
+            self._settled(early, early=False)
         if self._in_flight is None:
             self.exchanges.hidden += 1
             return

@@ -252,7 +252,9 @@ class Rule(NamedTuple):
     rounds: bool = False
     """Does a push wait for those of others?"""
     fragments: Callable[[Any], int] = lambda config: 1
-    """Parts the vector is cut into, each pushed and answered by itself."""
+    """Parts the vector is cut into, each pushed and answered by itself, in turn."""
+    delay: Callable[[Any], int] = lambda config: 0
+    """Local steps between a push and the merge of its reply, under overlap; 0: as soon as it is there."""
 
     accept: Callable[[Any, OptimizerFacts], str | None] = lambda config, optimizer: None
     point: Callable[[Any, Floats, Floats, OptimizerFacts], None] | None = None

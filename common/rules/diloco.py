@@ -252,6 +252,7 @@ RULE = Rule(
     Config=Diloco,
     rounds=True,
     fragments=lambda config: int(config.fragments),
+    delay=lambda config: int(config.delay),
     merge=merge,
     local_steps=local_steps,
     fits=fits,

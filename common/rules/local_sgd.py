@@ -43,13 +43,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 from pydantic import Field
 
-from common.errors import ConfigError
 from common.rules import base, rounds
 from common.rules.base import (
     Accumulate,
     Arrays,
     Close,
     Config,
+    ConfigError,
     Effect,
     Facts,
     Floats,

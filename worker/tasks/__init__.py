@@ -46,9 +46,9 @@ import torch
 
 from common import discovery
 from common.errors import ConfigError, ParamserverError
-from worker.tasks.base import Context, Task, TaskFamily
+from worker.tasks.base import OPTIMIZERS, Context, Task, TaskFamily
 
-__all__ = ["Context", "Task", "TaskFamily", "load", "names"]
+__all__ = ["OPTIMIZERS", "Context", "Task", "TaskFamily", "load", "names"]
 
 HELPERS = ("base",)
 DEFAULT_FUNCTION = "make_task"

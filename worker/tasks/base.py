@@ -30,6 +30,17 @@ class Context(NamedTuple):
     """Where the model belongs."""
     data: Path | None = None
     """Folder of data sets, for tasks that read one."""
+    optimizer: str = ""
+    """Inner optimizer that was asked for, a name in `OPTIMIZERS`; "": the task's own choice."""
+
+
+OPTIMIZERS: Mapping[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "nesterov": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr / 10, momentum=0.9, nesterov=True),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr / 50),
+}
+"""Inner optimizers of the built-in tasks, from parameters and the learning rate that suits plain SGD: momentum .9 moves
+ten times as far, and Adam's steps do not shrink with the gradient."""
 
 
 class Evaluation(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import ConfigError
-from worker.tasks.base import Context, Evaluation, Task, TaskFamily
+from worker.tasks.base import OPTIMIZERS, Context, Evaluation, Task, TaskFamily
 
 CLASSES = 10
 BATCH_SAMPLES = 32
@@ -85,7 +85,7 @@ def make(context: Context) -> Task:
 
     return Task(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        optimizer=OPTIMIZERS[context.optimizer or "sgd"](model.parameters(), LR),
         batches=Shuffled(x[train], y[train], seed=context.seed),
         loss=_loss,
         evaluate=evaluate,

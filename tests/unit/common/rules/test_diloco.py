@@ -138,7 +138,7 @@ class Net:
             inputs = torch.randn(16, 8, generator=self.random)
             labels = (inputs[:, :3] + inputs[:, 3:6]).argmax(1)
             self.optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(self.model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+            torch.nn.functional.cross_entropy(self.model(inputs), labels).backward()
             self.optimizer.step()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -239,9 +239,10 @@ def test_fragments_are_rules_of_one_fragment_each(dtype: Any) -> None:
     start = np.linspace(-1, 1, n).astype(dtype)
     server = Streamed(start, fragments=fragments)
     alone = [RuleServer.start(DILOCO, configured(), start[low:high]) for low, high in server.spans]
-    for each in (server, *alone):
-        for worker in ("a", "b"):
-            each.join(worker)
+    for worker in ("a", "b"):
+        server.join(worker)
+        for one in alone:
+            one.join(worker)
     for turn, updates in enumerate(script(2, 20, n)):
         low, high = server.spans[turn % fragments]
         for worker, d in zip(("a", "b"), updates, strict=True):

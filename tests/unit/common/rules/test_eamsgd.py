@@ -52,7 +52,7 @@ class Worker:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        ((self.a * (self.y - self.optimum) ** 2).sum() / 2).backward()  # type: ignore[no-untyped-call]
+        ((self.a * (self.y - self.optimum) ** 2).sum() / 2).backward()
         self.optimizer.step()
 
     def point(self) -> Floats:

@@ -256,7 +256,7 @@ class Net:
         inputs = torch.randn(24, 8, generator=random, dtype=torch.float64)[rows]
         labels = (inputs[:, :3] + inputs[:, 3:6]).argmax(1)
         self.optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(self.model(inputs.to(self.dtype)), labels).backward()  # type: ignore[no-untyped-call]
+        torch.nn.functional.cross_entropy(self.model(inputs.to(self.dtype)), labels).backward()
         self.optimizer.step()
 
     @property
