@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # Quiet, except for errors.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: help demo test check bench slow clean
+.PHONY: help demo test check bench slow rules clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -33,6 +33,10 @@ bench: $(STAMP)  ## time one exchange against the peers
 
 slow: $(STAMP)  ## the slow tests only
 	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
+
+rules: $(STAMP)  ## every rule with real processes, one worker killed, one late: about 12 minutes
+	@mkdir -p runs
+	RULES_TABLE=runs/rules.jsonl $(BIN)/python -m pytest -m slow tests/integration/test_every_rule.py $(TEST_FLAGS)
 
 clean:  ## remove caches and build outputs; .venv and the outputs of runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -112,11 +112,12 @@ class Applying:
         owed.readers += 1
         session.answered_connection = session.connection
         session.pace.since = self._state.now
+        plan = self._state.hosted.shard.downs[session.decision.fragment]
         self._out.add(
             self._downlink.offer(
                 partial(self.answer, session),
-                owed.slot.reply,
-                self._state.hosted.shard.downs[session.decision.fragment],
+                owed.slot.reply[: plan.bytes],
+                plan,
                 owed.version,
                 (session.token, session.connection, session.peer),
                 owed.read,

@@ -133,9 +133,9 @@ def pull(config: Lsgd, x: Floats, source: str, leader: Floats) -> None:
         _pull(x, leader, real(strength))
 
 
-# Decisions. D = {"workers": {name: worker}, "granted", "round", "uploads": {name: group}, "leader", "history", "hosts",
-# "have": groups whose leader was uploaded}; a worker = {"group", "steps", "until", "losses", "known"}: it may train
-# while steps < until, and is known once it has reported.
+# Decisions. D = {"workers": {name: worker}, "granted": ticks of this round, "round", "uploads": {name: group} that are
+# waited for, "leader", "leads": its group, "history", "hosts", "have": groups whose leader was uploaded}; a worker =
+# {"group", "steps", "until", "losses", "known"}: it may train while steps < until, and is known once it has reported.
 
 
 def start(config: Lsgd, terms: Terms) -> Decisions:
@@ -146,6 +146,7 @@ def start(config: Lsgd, terms: Terms) -> Decisions:
         "round": 0,
         "uploads": {},
         "leader": "",
+        "leads": 0,
         "history": [],
         "hosts": [],
         "have": [],
@@ -188,9 +189,10 @@ def leave(config: Lsgd, d: Decisions, worker: str, at_s: float) -> Decided:
         "workers": {name: kept for name, kept in d["workers"].items() if name != worker},
         "granted": d["granted"] - (1 if outstanding and config.clock == "published" else 0),
     }
-    if worker in d["uploads"]:
-        return _elect(config, {**d, "uploads": {}}) if config.clock == "published" else (_without(d, worker), [])
-    return _go_on(config, d)
+    if worker not in d["uploads"]:
+        return _go_on(config, d)
+    group, d = d["uploads"][worker], _without(d, worker)
+    return (d, []) if config.clock == "latest" else _replace(config, d, worker, group)
 
 
 def report(config: Lsgd, d: Decisions, worker: str, steps: int, loss: float, at_s: float) -> Decided:
@@ -224,11 +226,8 @@ def admit(config: Lsgd, d: Decisions, facts: Facts) -> Decided:
             effects.insert(1, Close(f"{facts.worker} leads all", (float(group),)))
         return d, effects
     if not d["uploads"]:
-        if _is_global(config, d) and d["leader"] in d["workers"]:
-            chosen = d["workers"][d["leader"]]["group"]
-            effects.insert(1, Close(f"{d['leader']} leads all", (float(chosen),)))
-        d, orders = _finish(config, d)
-        effects += orders
+        d, rest = _all_uploaded(config, d)
+        effects += rest
     return d, effects
 
 
@@ -275,8 +274,8 @@ def _go_on(config: Lsgd, d: Decisions) -> Decided:
 
 def _elect(config: Lsgd, d: Decisions) -> Decided:
     """Ask the leaders to upload: of every group, or of all. Where nobody is eligible, the next round begins."""
-    leader = _best(d, list(d["workers"]))
-    d = {**d, "leader": leader, "uploads": {}}
+    d = {**_lead(d, _best(d, list(d["workers"]))), "uploads": {}}
+    leader = d["leader"]
     if config.two_levels:
         for group in range(config.groups):
             if best := _best(d, [name for name, worker in d["workers"].items() if worker["group"] == group]):
@@ -286,6 +285,32 @@ def _elect(config: Lsgd, d: Decisions) -> Decided:
     if not d["uploads"]:
         return _finish(config, d)
     return d, [Order(name, "lowest running loss", upload=True) for name in d["uploads"]]
+
+
+def _replace(config: Lsgd, d: Decisions, gone: str, group: int) -> Decided:
+    """A leader died before it uploaded: the next best of its group (or of all) is asked."""
+    names = [name for name, worker in d["workers"].items() if not config.two_levels or worker["group"] == group]
+    best = _best(d, names)
+    if d["leader"] == gone:
+        d = _lead(d, _best(d, list(d["workers"])))
+    if best:
+        d = {**d, "uploads": {**d["uploads"], best: group}}
+        return d, [Order(best, f"lowest running loss, as {gone} is gone", upload=True)]
+    return (d, []) if d["uploads"] else _all_uploaded(config, d)
+
+
+def _all_uploaded(config: Lsgd, d: Decisions) -> Decided:
+    """No upload is waited for any more: the leader of all becomes the center, and the others pull."""
+    effects: list[Effect] = []
+    if config.two_levels and _is_global(config, d) and d["leader"] and d["leads"] in d["have"]:
+        effects.append(Close(f"{d['leader']} leads all", (float(d["leads"]),)))
+    d, orders = _finish(config, d)
+    return d, effects + orders
+
+
+def _lead(d: Decisions, leader: str) -> Decisions:
+    """This one leads all ("": nobody)."""
+    return {**d, "leader": leader, "leads": d["workers"][leader]["group"] if leader else 0}
 
 
 def _finish(config: Lsgd, d: Decisions) -> Decided:
@@ -333,7 +358,7 @@ def _after_own_steps(config: Lsgd, d: Decisions, worker: str) -> Decided:
     mates = [name for name, other in d["workers"].items() if other["group"] == me["group"]]
     group_leader = _best(d, mates) if config.two_levels else leader
     history = d["history"] if leader == d["leader"] else [*d["history"], leader][-HISTORY:]
-    d = {**d, "leader": leader, "history": history, "round": d["round"] + 1}
+    d = {**_lead(d, leader), "history": history, "round": d["round"] + 1}
     if worker == group_leader:
         d = {**d, "uploads": {**d["uploads"], worker: me["group"]}}
         return d, [Order(worker, "lowest running loss", until=until, upload=True)]
