@@ -6,7 +6,8 @@
 
 Production decisions and kernels, in the dtype of the center (float32 or float64), so that a rule can be checked by
 hand, against a paper's numbers, and by the contract suite. Left out: codecs, weights by lag, averaged buffers, lost and
-repeated messages; those are the business of the real server.
+repeated messages; those are the business of the real server. A rule that cuts the vector is refused, because a push
+would be all of it here.
 """
 
 from __future__ import annotations
@@ -91,7 +92,12 @@ class RuleServer:
         terms: Terms = NO_TERMS,
         block_elements: int | None = None,
     ) -> RuleServer:
-        """A server that owns a copy of `center`."""
+        """A server that owns a copy of `center`; raises UsageError where the rule cuts the vector."""
+        if (fragments := rule.fragments(config)) > 1:
+            raise UsageError(
+                f"Rule '{rule.name}' cuts the vector into {fragments} fragments, and this server takes it whole.",
+                fix="Take one fragment: each is an instance of the same rule on its own part of the vector.",
+            )
         state = rule.state(config, overlap, center.size, center.dtype)
         made = cls(rule, config, center.copy(), state, overlap, block_elements, rule.start(config, terms))
         if rule.load is not None:
@@ -113,7 +119,9 @@ class RuleServer:
     def push(
         self, worker: str, d: Floats, *, steps: int = 1, lr: float = 0.01, loss: float = 0.0, samples: int = 1
     ) -> Result:
-        """Admit update d: (n,), and do what the rule decides; raises UsageError where the worker may not push."""
+        """Admit update d: (n,), and do what the rule decides. Raises UsageError where the worker may not push, and what
+        the rule refuses it with (PeerError): then only the number of this push is used up, as it is at a server."""
+        self._expect(worker)
         if worker in self.held:
             raise UsageError(
                 f"'{worker}' pushes although its last update is held.", fix="Let the others push first, or tick."
@@ -125,6 +133,7 @@ class RuleServer:
 
     def leave(self, worker: str) -> Result:
         """`worker` is gone, its session with it."""
+        self._expect(worker)
         self.held.discard(worker)
         result = self._decide(lambda decisions: self.rule.leave(self.config, decisions, worker, self.now_s))
         del self.sessions[worker]
@@ -132,6 +141,7 @@ class RuleServer:
 
     def report(self, worker: str, steps: int, loss: float) -> Result:
         """`worker` has done so many steps in all, the last with this loss."""
+        self._expect(worker)
         return self._decide(lambda decisions: self.rule.report(self.config, decisions, worker, steps, loss, self.now_s))
 
     def tick(self, seconds: float) -> Result:
@@ -152,6 +162,11 @@ class RuleServer:
         n = self.center.size
         length = self.block_elements or n
         return [(low, min(low + length, n)) for low in range(0, n, length)]
+
+    def _expect(self, worker: str) -> None:
+        """Raise UsageError where it is not here."""
+        if worker not in self.sessions:
+            raise UsageError(f"'{worker}' has not joined, or has left.", fix="Let it join (again) first.")
 
     def _decide(
         self,

@@ -1,6 +1,6 @@
 """The command line: words become settings, settings become work, errors become a sentence and an exit code.
 
-    paramserver serve | worker | launch | status | rules | codecs | tasks
+    paramserver serve | worker | launch | status | rules | codecs | tasks | replay
 
 Laws
 * Nothing is decided here: settings are made by `common.config`, their flags by `deploy.options`, a run on one machine
@@ -260,11 +260,13 @@ def status(
 
 
 @app.command()
-def rules(as_json: bool = JSON) -> None:
+def rules(
+    name: str | None = typer.Argument(None, help="only this one", show_default=False), as_json: bool = JSON
+) -> None:
     """List the update rules and their settings."""
     from common import config, rules
 
-    found = [rules.load(name) for name in rules.names()]
+    found = [rules.load(one) for one in ([name] if name else rules.names())]
     _list(
         [
             {
@@ -273,12 +275,12 @@ def rules(as_json: bool = JSON) -> None:
                 "paper": rule.paper,
                 "settings": [
                     {
-                        "name": name,
+                        "name": setting,
                         "default": field.default,
                         "allowed": config.allowed(field),
                         "description": field.description,
                     }
-                    for name, field in rule.Config.model_fields.items()
+                    for setting, field in rule.Config.model_fields.items()
                 ],
             }
             for rule in found
@@ -315,6 +317,17 @@ def tasks(as_json: bool = JSON) -> None:
     from worker import tasks
 
     _list([{"name": name, "summary": tasks.load(name).summary} for name in tasks.names()], as_json=as_json)
+
+
+@app.command()
+def replay(
+    file: str = typer.Argument(metavar="FILE", help="JSON: a rule, a center and a script; - reads standard input"),
+) -> None:
+    """Check a rule by hand: what each update of a script does, as one line of JSON each."""
+    from deploy import replay as by_hand
+
+    for line in by_hand.replay(by_hand.read(file)):
+        typer.echo(line)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,12 +109,17 @@ class Applying:
         owed = session.owed
         assert owed is not None
         owed.readers += 1
+
+        def announce(reply: Reply, payload: memoryview | bytes) -> Ack:
+            owed.replies.add(reply.id)
+            return self.answer(session, reply, payload)
+
         session.answered_connection = session.connection
         session.pace.since = self._state.now
         plan = self._state.hosted.shard.downs[session.decision.fragment]
         self._out.add(
             self._downlink.offer(
-                partial(self.answer, session),
+                announce,
                 owed.slot.reply[: plan.bytes],
                 plan,
                 owed.version,
@@ -126,17 +130,10 @@ class Applying:
             )
         )
 
-    def diverge(self, session: Session) -> None:
-        """The center is no longer finite: take nothing more, and keep the last checkpoint."""
-        state = self._state
-        if not state.diverged:
-            state.diverged = (
-                f"The center is not finite since version {state.version}, after an update of {session.worker}."
-            )
-            self._out.say(
-                "error", f"{state.diverged} Updates are refused; the last checkpoint ({state.durable}) is kept."
-            )
-            self._out.record("diverged", worker=session.worker, version=state.version.version)
+    def confirmed(self, session: Session, reply_id: int) -> None:
+        """The worker has all of this reply: it is owed no longer, and its slot is free before the next push."""
+        if session.owed is not None and reply_id in session.owed.replies:
+            session.go_on()
 
     def _start(self, push: _Push, uplink: Uplink) -> Work | None:
         """The rule decides; the work that follows, or None where the push is refused."""
@@ -160,10 +157,7 @@ class Applying:
             weight = state.lag_weight(facts.lag_versions)
             shard.decisions, effects = state.rule.admit(state.config, shard.decisions, facts)
         except PeerError as error:
-            uplink.drop(session)
-            uplink.decide(
-                session, Decision(transfer.begin.number, "rejected", error.code, str(error), self._state.version)
-            )
+            uplink.turn_down(session, transfer, error)
             return None
         push.facts, push.effects = facts, weighted(effects, weight)
         session.pace.pushed(facts.steps, transfer.since)
@@ -195,13 +189,14 @@ class Applying:
         session.late = push.late
         held = push.answer is None
         answered = push.answer or next((e for e in push.effects if isinstance(e, Answer)), None)
-        source = source_of(answered) or CENTER
+        silent = answered is not None and answered.what == "nothing"
+        source = None if silent else source_of(answered) or CENTER
         session.decision = Decision(
             facts.number, "held" if held else "applied", "", "", shard.version, weight, facts.fragment, source
         )
         session.answered_connection = session.connection
         session.last_progress = state.now
-        silent = held or (answered is not None and answered.what == "nothing")
+        silent |= held
         bytes_down = 0 if silent else shard.downs[facts.fragment].bytes
         reported = state.rule.schedules
         session.counters.applied(facts, bytes_down, counted=reported)
@@ -210,7 +205,7 @@ class Applying:
         self._rates.add(state.now, 0 if reported else facts.samples)
         self._log(session, facts, weight, bytes_down)
         if not all(results):
-            self.diverge(session)
+            self._deciding.diverge(session.worker)
             uplink.give(slot)
             self._out.tell(session, self.answer(session))
             return

@@ -39,6 +39,10 @@ class Budget:
             return f"the budget of {self.updates_limit:,} updates is used up"
         if self.samples_limit is not None and self.samples >= self.samples_limit:
             return f"the budget of {self.samples_limit:,} samples is used up"
+        return self.time_is_up(now)
+
+    def time_is_up(self, now: float) -> str:
+        """The same, as far as time is concerned."""
         if self.seconds_limit is not None and self.elapsed_s(now) >= self.seconds_limit:
             return f"the budget of {self.seconds_limit:g} s is used up"
         return ""

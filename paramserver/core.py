@@ -85,7 +85,7 @@ class ServerCore:
         self.order = WorkOrder()
         self.downlink = Downlink()
         self.rates = status.Throughput()
-        self.deciding = Deciding(self.state, self.out, self.order, lambda session: self.pulls.answer_held(session))
+        self.deciding = Deciding(self.state, self.out, self.order, lambda session: self.pulls.answer_held(session), self._end)
         self.applying = Applying(
             self.state,
             self.out,
@@ -117,9 +117,8 @@ class ServerCore:
         """Sessions that end as soon as their push is decided: why, and their connection."""
         self._goodbye_said = False
         self._exited = False
-        self._waits_due: float | None = None
-        """When to say who is waited for."""
-        self._waited_for: tuple[str, ...] = ()
+        self._waited_for: dict[str, float] = {}
+        """Who is waited for, and when to say so (monotonic seconds)."""
 
     def __repr__(self) -> str:
         return f"<ServerCore {self.settings.rule} at {self.version}, {len(self.members)} workers, {self.order!r}>"
@@ -160,6 +159,12 @@ class ServerCore:
         if self._recovered is not None:
             self.joining.host(durability.layout_of(self.state, self._recovered))
             durability.restore(self.state, self._recovered)
+            for session in self.sessions.values():
+                # a checkpoint may be older than what was decided to follow from it: do that now
+                if session.enrolled and not session.live:
+                    self.deciding.dismiss(session)
+                elif session.live and session.anchored:
+                    self.deciding.enrol(session)
             self.out.say("info", f"Recovered version {self.state.recovered} with {len(self.sessions)} sessions.")
             self._recovered = None
         return self.out.take()
@@ -194,7 +199,7 @@ class ServerCore:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
         times = [self._sweep_due, state.now + self.settings.lease_s / 4]
-        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline, self._waits_due)
+        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline, *self._waited_for.values())
         times += [t for t in deadlines if t is not None]
         if not state.finished and (end := state.budget.end()) is not None:
             times.append(end)
@@ -234,7 +239,9 @@ class ServerCore:
                 if session := self._session(message, peer):
                     self.uplink.commit(session, message)
             case More(session=token, connection=connection, transfer=reply, until=until):
-                if self._session(message, peer):
+                if session := self._session(message, peer):
+                    if until == 0:
+                        self.applying.confirmed(session, reply)
                     for send in self.downlink.more(reply, token, connection, until, self.state.now):
                         self.out.add(send)
             case Pull():
@@ -289,9 +296,12 @@ class ServerCore:
             self.joining.welcome(session)
 
     def _report(self, session: Session, report: Report) -> None:
-        """Progress under a rule that schedules. An order that was perhaps not heard is said again."""
+        """Progress under a rule that schedules. An order that was perhaps not heard (the connection is a new one, or
+        this report says nothing new) is said again."""
         if not self.state.rule.schedules:
             raise PeerError(Code.UNEXPECTED, f"Rule '{self.settings.rule}' takes no reports.")
+        if session.role != "worker" or not session.anchored:
+            raise PeerError(Code.UNEXPECTED, "Only a worker that was given the center has progress to report.")
         if report.steps > session.progress_steps:
             session.last_progress = self.state.now
         steps, samples = session.counters.reported(report.steps, report.samples, report.loss)
@@ -300,10 +310,10 @@ class ServerCore:
         self.state.budget.samples += samples
         self.rates.add_samples(self.state.now, samples)
         order = session.order
-        if order is not None and report.orders < order.id and order.connection != session.connection:
+        if order is not None and report.orders < order.id and (order.connection != session.connection or not steps):
             session.order = replace(order, connection=session.connection)
             self.out.tell(session, session.order)
-        if session.enrolled and not self.state.finished:
+        if not self.state.finished:
             self.deciding.report(session, report.steps, report.loss)
 
     def _unsendable(self, peer: bytes, reason: str) -> None:
@@ -340,7 +350,7 @@ class ServerCore:
         self.deciding.tick()
         self.pulls.answer_late()
         self._say_who_is_waited_for()
-        state.end_if_used_up()
+        state.end_if_used_up(counted=not state.mid_round)
         if state.finished and not self._goodbye_said:
             self._finish()
         if not state.stopping:
@@ -348,17 +358,12 @@ class ServerCore:
 
     def _say_who_is_waited_for(self) -> None:
         """No wait is longer than `WAITS_S` without a line that says for whom."""
-        now, names = self.state.now, tuple(self.state.waited_for)
-        if not names and any(session.late for session in self.members):
-            names = ("the slowest worker",)
-        if not names or self.state.finished:
-            self._waits_due = None
-        elif self._waits_due is None or names != self._waited_for:
-            self._waits_due = now + WAITS_S
-        elif now >= self._waits_due:
-            self._waits_due = now + WAITS_S
-            self.out.say("warning", f"The others wait for {', '.join(names)} since {WAITS_S:g} s or more.")
-        self._waited_for = names
+        now = self.state.now
+        names = () if self.state.finished else self.state.waited_for
+        self._waited_for = {name: self._waited_for.get(name, now + WAITS_S) for name in names}
+        if late := [name for name, due in self._waited_for.items() if due <= now]:
+            self._waited_for |= dict.fromkeys(late, now + WAITS_S)
+            self.out.say("warning", f"The others wait for {', '.join(late)} since {WAITS_S:g} s or more.")
 
     def _sweep(self) -> None:
         """End what is silent, forget what is old. Leases only get longer, so the next sweep is due with the first."""

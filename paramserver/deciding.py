@@ -4,6 +4,8 @@ Laws
 * A decision is taken in the order of work, so its kernels never overtake those of an earlier one.
 * Whoever was held is answered once the kernels of the effect that answers it are done.
 * An order is remembered until the next one, and said again on a new connection.
+* A session is `enrolled` exactly while the rule knows it: both change in the same job, so that a checkpoint, which is a
+  job itself, never has the one without the other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from common.errors import Code, ConfigError, PeerError
 from common.messages import Order
 from common.rules.base import Decided, Decisions, Effect, Member, Reply, changes_center, computes
 from common.rules.base import Order as OrderEffect
@@ -23,13 +26,22 @@ from paramserver.state import CONNECTION_BITS, Outbox, ServerState
 
 
 class Deciding:
-    """Decisions of the rule, in the order of work. `answer(session)` sends a held push its reply."""
+    """Decisions of the rule, in the order of work. `answer(session)` sends a held push its reply; `turn_away(session,
+    reason)` ends one that the rule does not take."""
 
-    def __init__(self, state: ServerState, out: Outbox, order: WorkOrder, answer: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        out: Outbox,
+        order: WorkOrder,
+        answer: Callable[[Session], None],
+        turn_away: Callable[[Session, str], None],
+    ) -> None:
         self._state = state
         self._out = out
         self._order = order
         self._answer = answer
+        self._turn_away = turn_away
         self._ticking = False
 
     @property
@@ -43,27 +55,35 @@ class Deciding:
 
     def enrol(self, session: Session) -> None:
         """A worker was given a center to go on from: the rule gets to know it."""
-        if session.enrolled:
-            return
-        session.enrolled = True
-        clocks = [member.clock for member in self._state.members if member is not session and member.anchored]
-        session.clock = min(clocks, default=0)
+        state = self._state
         member = Member(session.worker, session.host, -1 if session.group is None else session.group)
-        rule, config = self._state.rule, self._state.config
-        self._decide(
-            f"{session.worker} joins", lambda decisions: rule.join(config, decisions, member, self._state.training_s)
-        )
+
+        def decision(decisions: Decisions) -> Decided:
+            if session.enrolled or not session.live:
+                return decisions, []
+            try:
+                decided = state.rule.join(state.config, decisions, member, state.training_s)
+            except ConfigError as error:  # when it said Hello there was still room
+                self._out.fault(session.peer, PeerError(Code.RULE, error.sentence, fix=error.fix), session=session)
+                self._turn_away(session, "the rule has no place for it")
+                return decisions, []
+            session.clock = min((other.clock for other in state.members if other.enrolled), default=0)
+            session.enrolled = True
+            return decided
+
+        self._decide(f"{session.worker} joins", decision)
 
     def dismiss(self, session: Session) -> None:
         """A worker is gone."""
-        if not session.enrolled:
-            return
-        session.enrolled = False
-        rule, config = self._state.rule, self._state.config
-        self._decide(
-            f"{session.worker} leaves",
-            lambda decisions: rule.leave(config, decisions, session.worker, self._state.training_s),
-        )
+        state, worker = self._state, session.worker  # by the time of the decision it may be back under another name
+
+        def decision(decisions: Decisions) -> Decided:
+            if not session.enrolled:
+                return decisions, []
+            session.enrolled = False
+            return state.rule.leave(state.config, decisions, worker, state.training_s)
+
+        self._decide(f"{worker} leaves", decision)
 
     def report(self, session: Session, steps: int, loss: float) -> None:
         """A worker has done so many steps in all."""
@@ -95,11 +115,22 @@ class Deciding:
                 case Reply(worker=worker, what=what, row=row) if pusher is None or worker != pusher.worker:
                     session = state.member(worker)
                     if session is not None and session.decision.outcome == "held":
-                        session.decision = replace(session.decision, source=CENTER if what == "after" else (what, row))
+                        source = None if what == "nothing" else CENTER if what == "after" else (what, row)
+                        session.decision = replace(session.decision, source=source)
                         self._answer(session)
                 case OrderEffect(worker=worker):
                     if (session := state.member(worker)) is not None:
                         self._order_to(session, effect)
+
+    def diverge(self, worker: str) -> None:
+        """The center is no longer finite: take nothing more, and keep the last checkpoint. `worker`: the last cause."""
+        state = self._state
+        if not state.diverged:
+            state.diverged = f"The center is not finite since version {state.version}, after an update of {worker}."
+            self._out.say(
+                "error", f"{state.diverged} Updates are refused; the last checkpoint ({state.durable}) is kept."
+            )
+            self._out.record("diverged", worker=worker, version=state.version.version)
 
     def _decide(self, name: str, decision: Callable[[Decisions], Decided]) -> None:
         if self._state.model is not None:
@@ -120,6 +151,8 @@ class Deciding:
         shard.generation += 1
         if changes_center(effects):
             shard.advance()
+        if not all(results):
+            self.diverge("several workers")
         self._state.end_if_used_up()
         reasons = [effect.reason for effect in effects if not isinstance(effect, Reply)]
         figures = self._state.rule.figures(self._state.config, shard.decisions)
@@ -127,12 +160,12 @@ class Deciding:
         self.carry_out(effects, pusher=None)
 
     def _order_to(self, session: Session, effect: OrderEffect) -> None:
-        # ids grow over all lives of the server: an order is not in the checkpoint
-        last = session.order.id if session.order is not None else self._state.epoch << CONNECTION_BITS
+        # ids grow over all lives of the server and of the session: a worker takes no order older than its last
+        session.last_order = max(session.last_order, self._state.epoch << CONNECTION_BITS) + 1
         session.order = Order(
             session.token,
             session.connection,
-            last + 1,
+            session.last_order,
             effect.upload,
             effect.pull,
             effect.until,

@@ -21,11 +21,11 @@ from common.buffers import zeros
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
-from common.messages import Version
+from common.messages import Order, Version
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
 from paramserver.shard import Work
-from paramserver.state import Outbox, ServerState
+from paramserver.state import CONNECTION_BITS, Outbox, ServerState
 
 SAVE_SHARE = 0.05
 """Writing checkpoints may take at most this share of the time."""
@@ -107,7 +107,10 @@ class Durability:
         self.saving = True
         sources: dict[str, F32] = {}
 
-        def start() -> Work:
+        def start() -> Work | None:
+            if self._state.diverged:  # since this was put into the order of work
+                self.saving = False
+                return None
             sources.update(self._arrays())
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.shape == sources[name].shape}
             self._shadow = {
@@ -195,10 +198,20 @@ def restore(state: ServerState, recovered: Recovered) -> None:
         session = Session.recall(remembered, state.now, state.settings.lease_s)
         state.sessions[session.token] = session
         session.buffers = arrays.get(f"buffers.{session.token}")
+        if session.live and remembered["order"] is not None:
+            _restore_order(state, session, *remembered["order"])
         if session.live and state.rule.private:
             session.anchored = False  # what it holds went on without us
         if session.live and session.anchored:
             _restore_arrays(session, shard.session_arrays(), arrays)
+
+
+def _restore_order(
+    state: ServerState, session: Session, upload: bool, pull: Sequence[str], until: int, sentence: str
+) -> None:
+    """What the rule waits for must be done, even if it was done before: the order is said again as a new one."""
+    session.last_order = (state.epoch << CONNECTION_BITS) + 1
+    session.order = Order(session.token, 0, session.last_order, upload, tuple(pull), until, sentence)
 
 
 def layout_of(state: ServerState, recovered: Recovered) -> Layout:

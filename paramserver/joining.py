@@ -96,6 +96,7 @@ class Joining:
             "overlap": s.overlap,
             "schedules": state.rule.schedules,
             "fragments": state.rule.fragments(state.config),
+            "confirm": state.rule.lost_reply == "resend",
             "buffers": s.buffers_policy(),
             "lease_s": s.lease_s,
             "window_chunks": s.window_chunks,
@@ -253,7 +254,7 @@ class Joining:
             )
         if hello.role == "worker":
             self._check_memory(layout, newcomers=joined is None or not joined.member)
-            if joined is None:
+            if joined is None or not joined.enrolled:
                 self._check_group(hello)
             if state.model is None:
                 self.host(layout)

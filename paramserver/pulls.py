@@ -95,10 +95,14 @@ class Pulls:
 
     def answer_again(self, session: Session) -> None:
         """The reply to an applied push was lost: the same once more, or the center as it is now."""
-        if session.decision.outcome != "applied" or self._state.diverged:
+        if session.decision.outcome != "applied" or session.decision.source is None or self._state.diverged:
             self._applying.tell_decision(session)
         elif session.owed is not None:
             self._applying.send_owed(session)
+        elif self._state.rule.lost_reply == "resend":
+            # the very bytes are gone, and the center is no substitute: it says Hello, and anchors anew
+            session.anchored = False
+            raise PeerError(Code.STALE, "The reply to this push is no longer kept.", fix="Say Hello again.")
         else:
             self._reply(session, "anchor")
 
@@ -106,7 +110,9 @@ class Pulls:
         """A push that was held is answered now."""
         session.decision = replace(session.decision, outcome="applied", version=self._state.version)
         session.late = False
-        if session.peer:  # else it comes back, and asks
+        if session.decision.source is None or self._state.diverged:
+            self._applying.tell_decision(session)
+        elif session.peer:  # else it comes back, and asks
             self._reply(session, "given")
 
     def answer_late(self) -> None:
@@ -118,6 +124,7 @@ class Pulls:
     def _reply(self, session: Session, how: Literal["anchor", "given"]) -> None:
         session.answered_connection = session.connection
         answer, decision = self._applying.answer, session.decision
+        assert decision.source is not None
         fragment = decision.fragment if len(self._state.hosted.shard.ups) > 1 else None
 
         def announce(reply: Reply, payload: memoryview | bytes) -> Message:
@@ -136,7 +143,10 @@ class Pulls:
             return
         for _ in range(len(self._waiting)):
             request = self._waiting.popleft()
-            if not request.alive or self._state.diverged:
+            if not request.alive:
+                continue
+            if self._state.diverged:
+                self._give_up(request)
                 continue
             snapshot = None if self._tells_the_rule(request) else self._state.model.snapshots.of(self._moment(request))
             if snapshot is not None:
@@ -190,16 +200,24 @@ class Pulls:
 
     def _encoded(self, request: _Request, snapshot: Snapshot, results: Sequence[bool]) -> None:
         if not all(results):
-            self._applying.diverge(request.session)
+            self._deciding.diverge(request.session.worker)
+            self._give_up(request)
             return
         self._state.hosted.snapshots.publish(snapshot, self._moment(request), self._state.version)
         if request.how == "anchor" and request.alive:
             request.session.anchored = True
-            if request.session.owed is not None:  # it goes on from here, not from the reply it was owed
-                request.session.owed.settle()
-                request.session.owed = None
+            request.session.go_on()  # from here, not from the reply it was owed
+            if request.session.decision.outcome == "held":  # nor from the one it waited for
+                request.session.decision = replace(request.session.decision, outcome="applied")
+                request.session.late = False
+                self._deciding.dismiss(request.session)
             self._deciding.enrol(request.session)
         self._send(request, snapshot)
+
+    def _give_up(self, request: _Request) -> None:
+        """There is nothing to give any more; who waits for the answer to a push hears what became of it."""
+        if request.kind == "reply" and request.alive:
+            self._applying.tell_decision(request.session)
 
     def _send(self, request: _Request, snapshot: Snapshot) -> None:
         session, plan = request.session, self._state.hosted.shard.reply_plan(request.fragment)
@@ -220,5 +238,6 @@ class Pulls:
                 (session.token, session.connection, session.peer),
                 done,
                 now=self._state.now,
+                of_push=request.kind == "reply",
             )
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from common.codecs.base import F32
@@ -34,8 +34,9 @@ class Decision:
     version: Version = NOWHERE
     weight: float = 0.0
     fragment: int = 0
-    source: tuple[str, int] = ("", 0)
-    """What the reply was, or will be, read from: an array of the rule's state and its row; "" is the center."""
+    source: tuple[str, int] | None = ("", 0)
+    """What the reply was, or will be, read from: an array of the rule's state and its row; "" is the center. None: the
+    worker is told that its push was taken, and nothing else."""
 
 
 @dataclass(slots=True)
@@ -71,6 +72,8 @@ class Owed:
     give: Callable[[], None]
     readers: int = 0
     settled: bool = False
+    replies: set[int] = field(default_factory=set)
+    """Ids it was announced under."""
 
     def read(self) -> None:
         """One announcement is read, or given up."""
@@ -166,6 +169,8 @@ class Session:
     """The last reply, where the rule wants the very same bytes again if it is lost."""
     order: Order | None = None
     """The latest order, under a rule that schedules."""
+    last_order: int = 0
+    """Its id; kept when the session ends, because its worker remembers it."""
     clock: int = 0
     """Accepted pushes; who joins starts at the slowest."""
     late: bool = False
@@ -226,13 +231,19 @@ class Session:
         self.waits_for_init = False
         self.late = False
         self.order = None
+        if self.decision.outcome == "held":  # what was folded in counts; nobody waits for its answer any more
+            self.decision = replace(self.decision, outcome="applied")
+        self.go_on()
+
+    def go_on(self) -> None:
+        """The worker has its last reply, or needs it no more."""
         if self.owed is not None:
             self.owed.settle()
             self.owed = None
 
     def remember(self) -> dict[str, Any]:
         """The part of the record that a checkpoint keeps, as plain values; `recall` is the inverse."""
-        d = self.decision
+        d, order = self.decision, self.order
         return {
             "token": self.token,
             "instance": self.instance,
@@ -244,12 +255,13 @@ class Session:
             "version": list(d.version),
             "weight": d.weight,
             "fragment": d.fragment,
-            "source": list(d.source),
+            "source": None if d.source is None else list(d.source),
             "host": self.host,
             "group": self.group,
             "enrolled": self.enrolled,
             "clock": self.clock,
             "late": self.late,
+            "order": None if order is None else [order.upload, list(order.pull), order.until, order.sentence],
             "live": self.live,
             "anchored": self.anchored,
             "updates": self.counters.updates,
@@ -286,7 +298,7 @@ class Session:
             Version(*record["version"]),
             record["weight"],
             record["fragment"],
-            (record["source"][0], record["source"][1]),
+            None if record["source"] is None else (record["source"][0], record["source"][1]),
         )
         session.counters.updates = record["updates"]
         session.counters.samples = record["samples"]

@@ -114,7 +114,7 @@ class ServerState:
     def too_far_ahead(self, session: Session) -> bool:
         """Whether this worker's clock is further ahead of the slowest than is allowed."""
         gap = self.settings.max_clock_gap
-        clocks = [member.clock for member in self.members if member.anchored]
+        clocks = [member.clock for member in self.members if member.enrolled]
         return gap is not None and session.clock > min(clocks, default=session.clock) + gap
 
     def local_steps_of(self, session: Session) -> int:
@@ -127,12 +127,24 @@ class ServerState:
 
     @property
     def waited_for(self) -> Sequence[str]:
-        """Workers that the rule waits for."""
-        return self.rule.waits(self.config, self.model.shard.decisions) if self.model else ()
+        """Workers that others wait for: by the rule, or because those are too far ahead of them."""
+        names = self.rule.waits(self.config, self.model.shard.decisions) if self.model else ()
+        members = [member for member in self.members if member.enrolled]
+        if names or not any(member.late for member in members):
+            return names
+        slowest = min(member.clock for member in members)
+        return [member.worker for member in members if member.clock == slowest]
 
-    def end_if_used_up(self) -> None:
-        """Training is over once the budget is used up; it never goes on after that."""
-        if self.initialised and not self.finished and (reason := self.budget.used_up(self.now)):
+    @property
+    def mid_round(self) -> bool:
+        """Whether updates were folded in whose round is not closed."""
+        return any(member.decision.outcome == "held" and not member.late for member in self.members)
+
+    def end_if_used_up(self, *, counted: bool = True) -> None:
+        """Training is over once the budget is used up; it never goes on after that. Without `counted` only time is
+        looked at: a round that is under way when updates or samples are used up is brought to its end."""
+        used_up = self.budget.used_up(self.now) if counted else self.budget.time_is_up(self.now)
+        if self.initialised and not self.finished and (reason := used_up):
             self.finished = reason
             self.budget.ended = self.now
 

@@ -109,7 +109,7 @@ class Uplink:
             sentence = "Others come first; this push has its place."
             self._grant(session, transfer.begin.number, "wait", 0, Code.BUSY, sentence)
         elif transfer is None and session.decision.outcome == "held":
-            sentence = f"It is held until these have pushed: {', '.join(self._state.waited_for) or 'the slowest'}."
+            sentence = f"It is held until these have pushed: {', '.join(self._state.waited_for) or 'nobody'}."
             self._grant(session, session.decision.number, "wait", 0, Code.BUSY, sentence)
 
     def refusal(self, session: Session) -> PeerError | None:
@@ -164,6 +164,15 @@ class Uplink:
         self._out.count(decision.code)
         self._decided(session)
 
+    def turn_down(self, session: Session, transfer: Transfer, error: PeerError) -> None:
+        """A complete push is not taken, though it breaks no rule of the exchange: rejected, and no strike."""
+        self.drop(session)
+        if error.code != Code.FINISHED:
+            self._note_rejected(session, transfer.begin.number, error)
+        self.decide(
+            session, Decision(transfer.begin.number, "rejected", error.code, str(error), self._state.version)
+        )
+
     def _start(self, session: Session, begin: Begin) -> Transfer | None:
         """A new transfer, in line for a slot; None where `begin` is answered already."""
         if begin.kind == "init":
@@ -193,9 +202,7 @@ class Uplink:
             self._reject(session, begin.number, error)
             return None
         session.merged = begin.merged
-        if session.owed is not None:  # it goes on, so it has its reply
-            session.owed.settle()
-            session.owed = None
+        session.go_on()  # so it has its reply
         self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
         transfer = Transfer(
             begin, session.connection, self._state.now, received=bytearray(len(shard.ups[begin.fragment].chunks))
@@ -255,15 +262,18 @@ class Uplink:
 
     def _reject(self, session: Session, number: int, error: PeerError) -> None:
         now = self._state.now
-        session.counters.rejected += 1
-        self._out.say("warning", f"{session.worker}: update {number} rejected ({error.code}): {error}")
-        self._out.record("reject", worker=session.worker, number=number, code=str(error.code), sentence=str(error))
+        self._note_rejected(session, number, error)
         session.rejections.append(now)
         if sum(now - at < 60.0 for at in session.rejections) >= self._state.settings.rejected_per_minute:
             session.rejections.clear()
             session.quarantined_until = now + QUARANTINE_S * 2 ** min(session.quarantines, QUARANTINE_DOUBLINGS)
             session.quarantines += 1
         self.decide(session, Decision(number, "rejected", error.code, str(error), self._state.version))
+
+    def _note_rejected(self, session: Session, number: int, error: PeerError) -> None:
+        session.counters.rejected += 1
+        self._out.say("warning", f"{session.worker}: update {number} rejected ({error.code}): {error}")
+        self._out.record("reject", worker=session.worker, number=number, code=str(error.code), sentence=str(error))
 
     def _open_window(self, session: Session, transfer: Transfer) -> None:
         transfer.until = self._state.settings.window_chunks

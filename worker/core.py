@@ -673,6 +673,8 @@ class WorkerCore:
             if self._upload is not None and self._upload.number == download.number:
                 self._upload = None
                 m.merged = download.reply.id
+                if cast(Welcome, m.welcome).settings.get("confirm"):  # the server keeps the reply until it hears this
+                    self._send(More(m.token, m.connection, download.reply.id, 0))
                 self._deliver(Settled(download.number, "applied", "", "", version, self._local_steps, download.values))
             return
         if download.purpose not in self._wanted:
@@ -794,6 +796,7 @@ class WorkerCore:
                     self._beat_due = now + self._beat_s
                     m = self.membership
                     self._send(Beat(m.token, m.connection, self._progress.steps))
+                    self._say_report()  # again: it may be what the server, or its order what this worker, waits for
 
     def _finish(self) -> None:
         if not self.finished:

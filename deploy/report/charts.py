@@ -1,4 +1,4 @@
-"""The charts: curves and bars in an inline SVG that stretches to any width while its text stays as it is. Pure.
+"""The charts: curves, bars and lanes in an inline SVG that stretches to any width, its text staying as it is. Pure.
 
 Laws
 * A chart says in words what it shows, to those who cannot see it.
@@ -24,6 +24,8 @@ TAIL = 0.99
 """Share of a worker's updates whose lag has a bar of its own; the last bar holds all others."""
 FEWEST = 7
 """The lag histograms reach at least this far."""
+NARROWEST = 0.15
+"""Width of a short span in a lane, percent: less could not be seen."""
 
 
 class Line(NamedTuple):
@@ -32,6 +34,15 @@ class Line(NamedTuple):
     name: str
     points: list[tuple[float, float]]
     color: str
+
+
+class Lane(NamedTuple):
+    """One lane of a strip: its name, what stands beside it, its color, and its spans (from, to, what is told of it)."""
+
+    name: str
+    note: str
+    color: str
+    spans: list[tuple[float, float, str]]
 
 
 class Axis(NamedTuple):
@@ -120,6 +131,20 @@ def histograms(lags: Mapping[str, Mapping[str, Any]], colors: Mapping[str, str])
         ends = tag("div", tag("span", "0"), tag("span", last), class_="ends", aria_hidden="true")
         panels.append(tag("figure", caption, picture, ends))
     return panels
+
+
+def strip(lanes: list[Lane], end: float, x: str) -> Html:
+    """Lanes one below the other over one axis from 0 to `end`, a bar wherever a lane has a span; not without lanes."""
+    across, rows = _axis([0.0, end], x), []
+    for name, note, color, spans in lanes:
+        bars = []
+        for start, stop, words in spans:
+            wide = max(100 * (across.place(stop) - across.place(start)), NARROWEST)
+            bars.append(tag("rect", tag("title", words), x=across.right(start), width=f"{wide:.2f}%", height="100%"))
+        rows += [tag("bdi", name), tag("small", note)]
+        rows.append(tag("svg", bars, class_=f"lane {color}", role="img", aria_label=f"{name}: {note}"))
+    marks = [tag("text", across.label(tick), x=across.right(tick), y=12) for tick in across.ticks]
+    return tag("div", rows, tag("svg", marks, class_="ticks", aria_hidden="true"), class_="lanes")
 
 
 def _axis(values: Sequence[float], kind: str) -> Axis:

@@ -51,7 +51,17 @@ def figures(summary: Mapping[str, Any], run: Run) -> dict[str, Any]:
             "bytes": {way: curve.columns(unseen) for way, curve in run.bytes.items()},
             "rule": {name: curve.columns(unseen) for name, curve in sorted(run.rule.items())},
         },
-        "events": {"counts": run.kinds, "first": run.first_events, "last": run.last_events},
+        "leaders": {
+            "counts": {name: run.leaders.counts[name] for name in sorted(run.leaders.counts, key=_natural)},
+            "changes": [[round(time_s, 3), number, name] for time_s, number, name in run.leaders.changes()],
+            "every": run.leaders.every,
+        },
+        "events": {
+            "counts": run.kinds,
+            "first": run.first_events,
+            "last": run.last_events,
+            "unlisted": run.unlisted,
+        },
         "diverged": run.diverged,
         "unreadable_lines": run.unreadable_lines,
     }

@@ -2,7 +2,7 @@
 
 Laws
 * A log that is missing, torn or odd costs its own figures only.
-* Memory is bounded: POINTS per curve, WORKERS one by one, EVENTS in words, whatever the log holds.
+* Memory is bounded: POINTS per curve and of leaders, WORKERS one by one, EVENTS in words, whatever the log holds.
 * Time 0 is the given start (seconds since 1970; lines before it belong to an earlier run), else the first line.
 
 Left out: what follows from it (`figures`), and writing the log (`paramserver.telemetry`).
@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from paramserver.telemetry import FILE, PREVIOUS
 
@@ -28,6 +28,8 @@ WORKERS, OTHERS = 256, "(other workers)"
 """Workers followed one by one; all later ones are added up."""
 EVENTS = (60, 140)
 """First and last events that are kept."""
+FREQUENT = {"close": 3}
+"""Kinds of event that may come every round -> how many of them are put in words; all of them are counted."""
 KINDS = 64
 """Kinds of event that are counted one by one."""
 LAG_LIMIT = 1024
@@ -43,9 +45,12 @@ LATEST_S = 253_402_300_799
 COUNTS = ("updates", "steps", "samples", "bytes_up", "bytes_down", "rejected")
 APPLY = {"time", "kind", "worker", "number", "version", "lag", "weight", "loss", *COUNTS}
 """Values of every `apply` line; all others are the rule's own figures."""
+LEADER = {"leader", "round"}
+"""Figures of a rule with a leader, in `apply` and `close` lines: they make `Leaders`, and no curve."""
 SENTENCES = {
     "join": "{worker} {resumed}",
     "leave": "{worker} left: {reason}, after {updates} updates",
+    "close": "version {version}: {reasons}",
     "reject": "{worker}: update {number} was refused: {sentence}",
     "fault": "{worker} was told: {sentence}",
     "checkpoint": "version {version} is on the disk, written in {seconds} s",
@@ -101,6 +106,60 @@ class Trace:
         return max(self.last_s - self.first_s, 0.0)
 
 
+class Lead(NamedTuple):
+    """From this time and round on, this worker led."""
+
+    time_s: float
+    round: int
+    name: str
+
+
+class Leaders:
+    """Who led in which round: how often each, and every change; with too many changes, those of a sample.
+
+    The sample looks at every `every`-th round: it may miss a short lead, and never tells of one that was not.
+    """
+
+    def __init__(self) -> None:
+        self.counts, self.every = Counter[str](), 1
+        self._rounds, self._round = 0, 0
+        self._now: Lead | None = None
+        self._kept: list[tuple[int, Lead]] = []  # with the first sampled round of each, counted from 0
+
+    def add(self, time_s: float, number: int, name: str) -> None:
+        """So many rounds are over, and this one led. Of the lines of one round, the first is that of its leader."""
+        if number < 1 or number == self._round:
+            return
+        self._round = number
+        name = name if name in self.counts or len(self.counts) < WORKERS else OTHERS
+        self.counts[name] += 1
+        if self._now is None or self._now.name != name:
+            self._now = Lead(time_s, number, name)
+        if self._rounds % self.every == 0:
+            self._keep(self._rounds, self._now)
+        self._rounds += 1
+        while len(self._kept) == POINTS:
+            self._thin()
+
+    def changes(self) -> list[Lead]:
+        """In the order they came, at most POINTS; the last one is that of the last leader."""
+        kept = [lead for _, lead in self._kept]
+        return [*kept, self._now] if self._now and kept[-1].name != self._now.name else kept
+
+    def _keep(self, sampled: int, lead: Lead) -> None:
+        if not self._kept or self._kept[-1][1].name != lead.name:
+            self._kept.append((sampled, lead))
+
+    def _thin(self) -> None:
+        self.every *= 2
+        kept, self._kept = self._kept, []
+        ends = [*(first for first, _ in kept[1:]), self._rounds]
+        for (first, lead), end in zip(kept, ends, strict=True):
+            sampled = -(-first // self.every) * self.every
+            if sampled < end:
+                self._keep(sampled, lead)
+
+
 class Run:
     """What the log tells of the run."""
 
@@ -111,9 +170,11 @@ class Run:
         self.loss, self.bytes = Curve(WINDOW), {"up": Curve(), "down": Curve()}
         self.sent = dict.fromkeys(self.bytes, 0)
         self.rule: dict[str, Curve] = {}
+        self.leaders = Leaders()
         self.kinds: Counter[str] = Counter()
         self.first_events: list[dict[str, Any]] = []
         self.last_events: deque[dict[str, Any]] = deque(maxlen=EVENTS[1])
+        self.unlisted = 0
         self.diverged = ""
 
     def take(self, line: Any) -> None:
@@ -128,6 +189,8 @@ class Run:
             return
         self.seconds = max(self.seconds, time_s)
         trace = self._trace(line, time_s)
+        if line["kind"] in ("apply", "close"):
+            self._led(line, time_s)
         if trace is not None and line["kind"] == "apply":
             self._apply(trace, line, time_s)
             return
@@ -135,6 +198,9 @@ class Run:
             trace.counts["rejected"] += 1
         kind = line["kind"][:TEXT_CHARACTERS]
         self.kinds[kind if kind in self.kinds or len(self.kinds) < KINDS else "other"] += 1
+        if kind in FREQUENT and self.kinds[kind] > FREQUENT[kind]:
+            self.unlisted += 1
+            return
         event = {"time_s": round(time_s, 3), "kind": kind, "text": _sentence(line)}
         self.diverged = event["text"] if kind == "diverged" else self.diverged
         (self.first_events if len(self.first_events) < EVENTS[0] else self.last_events).append(event)
@@ -164,10 +230,15 @@ class Run:
         if (loss := finite(line.get("loss"))) is not None:
             trace.loss.add(time_s, self.updates, loss)
             self.loss.add(time_s, self.updates, loss)
-        for name in [name for name in line if name not in APPLY]:
+        for name in [name for name in line if name not in APPLY | LEADER]:
             value = finite(line[name])
             if value is not None and (name in self.rule or len(self.rule) < DETAILS):
                 self.rule.setdefault(name, Curve(WINDOW)).add(time_s, self.updates, value)
+
+    def _led(self, line: Mapping[str, Any], time_s: float) -> None:
+        name, number = line.get("leader"), finite(line.get("round"))
+        if isinstance(name, str) and name and number is not None:
+            self.leaders.add(time_s, int(number), name[:TEXT_CHARACTERS])
 
 
 def read(directory: Path, started: float | None = None) -> Run:
@@ -196,10 +267,21 @@ def _parsed(data: bytes) -> Any:
 
 def _sentence(line: Mapping[str, Any]) -> str:
     """One line of the log in words."""
-    values = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in line.items()}
+    values = {name: _words(value) for name, value in line.items()}
     said = {"worker": values.get("worker") or "somebody", "resumed": RESUMED.get(values.get("resumed", ""), "joined")}
     try:
         text = SENTENCES[line["kind"]].format_map(values | said)
     except KeyError:
         text = ", ".join(f"{name} {value}" for name, value in values.items() if name not in ("time", "kind"))
     return text[:TEXT_CHARACTERS]
+
+
+def _words(value: Any) -> str:
+    """A value of a line; of a list of reasons, each once."""
+    match value:
+        case float():
+            return f"{value:.3g}"
+        case [str(), *_]:
+            return "; ".join(dict.fromkeys(map(str, value)))
+        case _:
+            return str(value)

@@ -4,7 +4,7 @@ Laws
 * The page is one file that loads nothing and runs nothing (its own policy forbids both): it works offline, in light
   and dark, at phone width, and its charts say in words what they show.
 * What is not known is not claimed: a sentence, a tile or a chart without its figure is left out, or shows UNKNOWN.
-* LINES, ROWS and PANELS bound what grows with the number of workers; the rest is in `report.json`.
+* LINES, ROWS, PANELS and LANES bound what grows with the number of workers; the rest is in `report.json`.
 
 Left out: drawing (`charts`), escaping (`markup`), colors and layout (`style`).
 """
@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from deploy.report.charts import Line, chart, from_columns, from_samples, histograms
+from deploy.report.charts import Lane, Line, chart, from_columns, from_samples, histograms, strip
 from deploy.report.figures import exchange
 from deploy.report.log import finite
 from deploy.report.markup import UNKNOWN, Html, count, duration, percent, short, size, tag, text, together
 from deploy.report.style import PAGE, STYLE
 
-LINES, ROWS, PANELS = 40, 64, 12
-"""At most: curves in a chart, rows of the workers' table, lag histograms."""
+LINES, ROWS, PANELS, LANES = 40, 64, 12, 16
+"""At most: curves in a chart, rows of the workers' table, lag histograms, lanes of leaders."""
 COLORS = 8
 """With more workers than this, a color no longer tells them apart."""
 BAD = {"reject", "fault", "diverged", "checkpoint_failed", "unsendable", "log_lost"}
@@ -45,6 +45,7 @@ def page(report: Mapping[str, Any]) -> str:
         tag("header", tag("p", " · ".join(facts)), tag("h1", _result(report)), _notice(report)),
         tag("dl", (_tile(*tile) for tile in _tiles(report) if tile[1] != UNKNOWN), class_="tiles card"),
         tag("div", _charts(report, colors), class_="charts"),
+        _leaders(report, colors),
         _lags(report["lag"]["workers"], colors),
         _section("Workers", _workers(report, colors)),
         _section("Events", _events(report["events"])),
@@ -143,6 +144,33 @@ def _lags(lags: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
     return _section("Lag per worker", tag("p", sentence), tag("div", panels, class_="panels"))
 
 
+def _leaders(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
+    """A lane for each worker, a bar wherever it led; with too many workers, lanes of those that led most."""
+    counts, changes = report["leaders"]["counts"], report["leaders"]["changes"]
+    if not changes:
+        return Html()
+    rounds, names = sum(counts.values()), list(dict.fromkeys([*colors, *counts]))
+    most = set(sorted(names, key=lambda name: -counts.get(name, 0))[:LANES])
+    end_s = max([time_s for time_s, _, _ in changes] + report["curves"]["bytes"]["up"]["time_s"][-1:])
+    spans: dict[str, list[tuple[float, float, str]]] = {name: [] for name in names}
+    for (start_s, number, name), (stop_s, _, _) in zip(changes, [*changes[1:], (end_s, 0, "")], strict=True):
+        words = f"from {duration(start_s)}, round {count(number)}, to {duration(stop_s)}"
+        spans[name].append((start_s, max(start_s, stop_s), words))
+    lanes = []
+    for name in (name for name in names if name in most):
+        led = counts.get(name, 0)
+        note = f"{count(led)} {'round' if led == 1 else 'rounds'}, {percent(led / rounds)}"
+        lanes.append(Lane(name, note, colors.get(name, "many"), spans[name]))
+    sentence = f"Who led over time: {count(rounds)} {'round' if rounds == 1 else 'rounds'}, "
+    if report["leaders"]["every"] == 1:
+        sentence += f"{count(len(changes) - 1)} {'change' if len(changes) == 2 else 'changes'} of the leader."
+    else:
+        sentence += f"of which one in {count(report['leaders']['every'])} was looked at: short leads may be missing."
+    if len(names) > LANES:
+        sentence += f" {len(names) - LANES} more workers are in report.json."
+    return _section("Leader", tag("p", sentence), strip(lanes, end_s, "time_s"))
+
+
 def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
     rows = []
     for row in report["workers"][:ROWS]:
@@ -160,13 +188,15 @@ def _workers(report: Mapping[str, Any], colors: Mapping[str, str]) -> Html:
 
 
 def _events(events: Mapping[str, Any]) -> Html:
-    left_out = sum(events["counts"].values()) - len(events["first"]) - len(events["last"])
+    left_out = sum(events["counts"].values()) - events["unlisted"] - len(events["first"]) - len(events["last"])
     gap = [{"time_s": None, "kind": "more", "text": f"{count(left_out)} are left out here"}] if left_out else []
     items = []
     for event in events["first"] + gap + events["last"]:
         kind = tag("b", event["kind"], class_="bad" if event["kind"] in BAD else "fine")
         items.append(tag("li", tag("time", duration(event["time_s"])), kind, tag("span", event["text"])))
     counts = ", ".join(f"{kind} {count(number)}" for kind, number in events["counts"].items())
+    if events["unlisted"]:
+        counts += f"; {count(events['unlisted'])} that come every round are not listed"
     listed = tag("div", tag("ol", items), class_="events", role="region", aria_label="Events", tabindex=0)
     return together(tag("p", counts or "The run log tells of none."), listed if items else "")
 

@@ -56,6 +56,12 @@ bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;max-width:16em}
 .panels bdi{font-weight:600;font-size:.875rem}.panels small{white-space:nowrap}
 .bars{display:block;width:100%;height:76px;border-bottom:1px solid var(--line)}.bars rect{fill:var(--c)}
 .ends{display:flex;justify-content:space-between;font-size:12px;color:var(--soft)}
+.lanes{display:grid;grid-template-columns:minmax(0,max-content) max-content minmax(0,1fr);gap:8px 16px;
+align-items:center;font-size:.875rem}.lanes bdi{font-weight:500}
+.lanes small{color:var(--soft);text-align:right;font-variant-numeric:tabular-nums}
+.lane{display:block;width:100%;height:18px;border-radius:3px;background:var(--page)}.lane rect{fill:var(--c)}
+.ticks{display:block;width:100%;height:16px;overflow:visible;grid-column:-2}
+.ticks text{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums;text-anchor:middle}
 .wide,.events{overflow:auto;max-width:100%}.events{max-height:330px;margin-top:8px}
 table{border-collapse:collapse;width:100%;font-size:.875rem;margin-top:8px}
 th,td{padding:7px 10px;text-align:left;border-bottom:1px solid var(--line);vertical-align:baseline}
@@ -78,6 +84,7 @@ footer{font-size:.8rem;padding:0 4px}
 :focus-visible{outline:2px solid var(--c0);outline-offset:2px;border-radius:4px}
 @media(max-width:640px){.card{padding:16px}.tiles{padding:0;grid-template-columns:1fr 1fr}
 .tiles>div{padding:14px 16px}
+.lanes{grid-template-columns:minmax(0,1fr) max-content;gap:2px 16px}.lanes svg{grid-column:1/-1}.lane{margin-bottom:8px}
 ol li{grid-template-columns:5.2em 1fr}ol span{grid-column:1/-1}}
 """
 

@@ -123,7 +123,9 @@ def test_eight_workers_in_two_groups_follow_their_leaders(clock: str, tmp_path: 
     payload = lines[0]["bytes_up"]
     rows = {row["name"]: row for row in found["workers"]}
     uploads = {name: sum(line["worker"] == name for line in lines) for name in rows}
-    assert {name: row["bytes_up"] for name, row in rows.items()} == {name: n * payload for name, n in uploads.items()}
+    more = {name: rows[name]["bytes_up"] / payload - n for name, n in uploads.items()}
+    assert set(more.values()) <= {0.0, 1.0}
+    assert sum(more.values()) <= 2, "an upload of each group's leader may be under way when training ends"
     assert {line["bytes_down"] for line in lines} == {0}, "a leader keeps its parameters"
     last = lines[-20:]
     assert leader not in {line["worker"] for line in last}

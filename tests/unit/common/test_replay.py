@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from common.errors import UsageError
+from common.errors import Code, PeerError, UsageError
 from common.replay import RuleServer, part
 from common.rules import rounds
 from common.rules.base import (
@@ -343,3 +343,40 @@ def test_reports_lead_to_orders() -> None:
     result = started(rule(schedules=True, report=report), "w0").report("w0", 5, 0.5)
     assert result.orders == result.effects == [Order("w0", "loss 0.5", 7, False, ("leader",))]
     assert (result.outcome, result.replies) == ("none", {})
+
+
+# What is refused.
+
+
+def test_what_the_rule_refuses_changes_nothing_but_the_number() -> None:
+    def admit(config: Config, decisions: Any, facts: Facts) -> Decided:
+        if facts.steps > 1:
+            raise PeerError(Code.RULE, f"push {facts.number} has {facts.steps} steps")
+        return {"last": facts.number}, [Apply(1.0, "now"), Reply(facts.worker, "after", "so")]
+
+    server = started(rule(apply=add, admit=admit, start=lambda config, terms: {"last": 0}), "w0")
+    with pytest.raises(PeerError, match="push 1 has 2 steps"):
+        server.push("w0", np.ones(N), steps=2)
+    np.testing.assert_array_equal(server.center, 0.0)
+    assert (server.version, server.held, server.decisions) == (0, set(), {"last": 0})
+    assert server.push("w0", np.ones(N)).outcome == "applied"
+    assert server.decisions == {"last": 2}
+
+
+def test_who_is_not_here_can_do_nothing() -> None:
+    server = started(ADDS, "w0")
+    server.leave("w0")
+    for does in (
+        lambda: server.push("w0", np.ones(N)),
+        lambda: server.leave("w0"),
+        lambda: server.report("w1", 1, 0.5),
+    ):
+        with pytest.raises(UsageError, match="has not joined, or has left"):
+            does()
+    server.join("w0")
+    assert server.push("w0", np.ones(N)).outcome == "applied"
+
+
+def test_a_rule_that_cuts_the_vector_is_refused() -> None:
+    with pytest.raises(UsageError, match="cuts the vector into 2 fragments"):
+        started(rule(apply=add, fragments=lambda config: 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from deploy.report import write
 from deploy.report.charts import _axis
 from deploy.report.figures import figures
-from deploy.report.log import EVENTS, OTHERS, POINTS, WORKERS, Curve, read
+from deploy.report.log import EVENTS, FREQUENT, OTHERS, POINTS, TEXT_CHARACTERS, WORKERS, Curve, Leaders, read
 from deploy.report.markup import SCALES, tag
-from deploy.report.page import page
+from deploy.report.page import LANES, page
 
 HOSTILE = """<script>alert("x")</script>&'><img src=x onerror=alert(1)>$title\ud800"""
 HARMLESS = "(harmless)"  # sorts where HOSTILE does
@@ -234,6 +234,179 @@ def test_updates_that_the_log_lost_still_count_on_the_axis(tmp_path: Path) -> No
     assert found["curves"]["bytes"]["up"]["updates"] == [101, 102, 103, 104]
 
 
+# --- leaders ---
+
+
+def led_log(leaders: str, first: str = "a") -> list[dict[str, Any]]:
+    """A round a second, led by `first` where the letter is a, else by the letter; the leader pushes."""
+    names = [first if letter == "a" else letter for letter in leaders]
+    return [apply(name, float(i), 0, leader=name, round=i + 1) for i, name in enumerate(names)]
+
+
+def test_the_history_of_leaders_follows_from_the_log(tmp_path: Path) -> None:
+    log_into(tmp_path, led_log("aabbba"))
+    found, _ = written(tmp_path, {})
+    assert found["leaders"] == {
+        "counts": {"a": 3, "b": 3},
+        "changes": [[0, 1, "a"], [2, 3, "b"], [5, 6, "a"]],
+        "every": 1,
+    }
+
+
+def test_of_several_uploads_in_a_round_the_first_tells_its_leader(tmp_path: Path) -> None:
+    """With groups: the upload that ends a round, then those of the next election, which carry the same number."""
+    lines = [apply("b", 0.0, 0, leader="a", round=0), apply("a", 1.0, 0, leader="a", round=1)]
+    lines += [apply("c", 2.0, 0, leader="b", round=1), apply("b", 3.0, 0, leader="b", round=2)]
+    log_into(tmp_path, lines)
+    found, _ = written(tmp_path, {})
+    assert found["leaders"]["counts"] == {"a": 1, "b": 1}
+    assert found["leaders"]["changes"] == [[1, 1, "a"], [3, 2, "b"]]
+
+
+def test_a_round_that_closes_without_a_push_has_a_leader_too(tmp_path: Path) -> None:
+    close = event("close", 1.0, version=2, reasons=["b leads all"], leader="b", round=2)
+    log_into(tmp_path, [*led_log("a"), close])
+    found, _ = written(tmp_path, {})
+    assert found["leaders"]["changes"] == [[0, 1, "a"], [1, 2, "b"]]
+    assert found["updates"] == 1
+
+
+def test_a_server_that_went_back_to_a_checkpoint_counts_the_repeated_rounds(tmp_path: Path) -> None:
+    log_into(tmp_path, [*led_log("aab"), apply("b", 5.0, 0, leader="b", round=2), *led_log("aab")[2:]])
+    found, _ = written(tmp_path, {})
+    assert found["leaders"]["counts"] == {"a": 2, "b": 3}
+
+
+def test_other_rules_have_no_leader_and_no_section(small: tuple[dict[str, Any], str]) -> None:
+    found, html = small
+    assert found["leaders"] == {"counts": {}, "changes": [], "every": 1}
+    assert "Leader" not in Page(html).text
+    assert 'class="lanes"' not in html
+
+
+def test_neither_texts_nor_the_round_are_curves(tmp_path: Path) -> None:
+    lines = [line | {"phase": "late" if i else 1.0, "alpha": 0.5} for i, line in enumerate(led_log("abba"))]
+    log_into(tmp_path, [*lines, apply("a", 9.0, 0, leader="a", round=5, alpha="none", phase=2.0)])
+    curves = written(tmp_path, {})[0]["curves"]["rule"]
+    assert {name: curve["updates"] for name, curve in curves.items()} == {"alpha": [1, 2, 3, 4], "phase": [1, 5]}
+
+
+def test_a_torn_or_odd_leader_costs_only_itself(tmp_path: Path) -> None:
+    lines = led_log("aabb")
+    log_into(tmp_path, lines)
+    whole = written(tmp_path, {})[0]["leaders"]
+    odd: list[dict[str, Any]] = [
+        {"leader": 7},
+        {"leader": ""},
+        {"leader": None},
+        {"round": None},
+        {"round": "6"},
+        {"round": True},
+    ]
+    odd += [{"round": [6]}, {"leader": ["b"]}, {"leader": {}}, {"round": -1}]
+    lines += [apply("a", 4.0, 0, leader="c", round=6) | values for values in odd]
+    log_into(tmp_path, lines, tail=json.dumps(apply("c", 5.0, 0, leader="c", round=7))[:-5])
+    found, _ = written(tmp_path, {})
+    assert found["leaders"] == whole
+    assert (found["updates"], found["unreadable_lines"]) == (4 + len(odd), 1)
+
+
+@given(st.integers(0, 5 * POINTS), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_the_changes_are_bounded_and_true(rounds: int, patience: int, chance: Any) -> None:
+    names = [""] * rounds
+    for i in range(rounds):
+        names[i] = chance.choice("abcd") if i == 0 or chance.random() < 1 / patience else names[i - 1]
+    leaders = Leaders()
+    for i, name in enumerate(names):
+        leaders.add(float(i), i + 1, name)
+    changes = leaders.changes()
+    assert sum(leaders.counts.values()) == rounds
+    assert len(changes) <= POINTS
+    assert [name for _, _, name in changes] == [name for name, _ in groupby(name for _, _, name in changes)]
+    for time_s, number, name in changes:
+        assert time_s == number - 1
+        assert names[number - 1] == name
+        assert number == 1 or names[number - 2] != name, "it took the lead just then"
+    if leaders.every == 1:
+        assert len(changes) == sum(1 for _ in groupby(names))
+    for i in range(0, rounds, leaders.every):
+        assert [name for _, number, name in changes if number <= i + 1][-1] == names[i], "a round that was looked at"
+    assert [name for _, _, name in changes[-1:]] == names[-1:]
+
+
+def test_leaders_are_followed_one_by_one_up_to_a_bound() -> None:
+    leaders = Leaders()
+    for i in range(WORKERS + 50):
+        leaders.add(float(i), i + 1, f"w{i}")
+    assert len(leaders.counts) == WORKERS + 1
+    assert leaders.counts[OTHERS] == 50
+
+
+def test_the_page_has_a_lane_for_each_worker_and_bars_where_it_led(tmp_path: Path) -> None:
+    log_into(tmp_path, [*led_log("aabbbaaaa"), apply("never", 10.0, 0)])
+    found, html = written(tmp_path, {})
+    assert page(found) == html
+    shown = Page(html)
+    assert "Leader" in shown.text
+    assert "Who led over time: 9 rounds, 2 changes of the leader." in shown.text
+    lanes = [attributes for attributes in shown.all("svg") if (attributes.get("class") or "").startswith("lane ")]
+    assert [(lane["class"], lane["aria-label"]) for lane in lanes] == [
+        ("lane c0", "a: 6 rounds, 66.7 %"),
+        ("lane c1", "b: 3 rounds, 33.3 %"),
+        ("lane c2", "never: 0 rounds, 0.0 %"),
+    ]
+    bars = [(bar["x"], bar["width"]) for bar in shown.all("rect") if bar["height"] == "100%"][:3]
+    assert bars == [("0.00%", "20.00%"), ("50.00%", "50.00%"), ("20.00%", "30.00%")]
+
+
+def test_with_many_workers_those_that_led_most_have_lanes(tmp_path: Path) -> None:
+    workers = LANES + 9
+    names = [f"w{i}" for i in range(workers) for _ in range(1 if i < 9 else 2)]
+    log_into(tmp_path, [apply(name, float(i), 0, leader=name, round=i + 1) for i, name in enumerate(names)])
+    found, html = written(tmp_path, {})
+    assert len(found["leaders"]["counts"]) == workers
+    labels = [a["aria-label"] or "" for a in Page(html).all("svg") if (a.get("class") or "").startswith("lane ")]
+    assert [label.split(":")[0] for label in labels] == [f"w{i}" for i in range(9, workers)]
+    assert "9 more workers are in report.json." in html
+
+
+def test_a_sample_of_the_changes_says_so(tmp_path: Path) -> None:
+    log_into(tmp_path, led_log("abc" * POINTS))
+    found, html = written(tmp_path, {})
+    assert found["leaders"]["every"] > 1
+    assert f"one in {found['leaders']['every']} was looked at" in html
+    assert "changes of the leader" not in html
+
+
+@pytest.mark.parametrize("name", [HOSTILE, '"><svg onload=x>', "</section>", "\u202e\x00", "x" * 500, "$style"])
+def test_a_leader_may_have_any_name(tmp_path: Path, name: str) -> None:
+    log_into(tmp_path, led_log("aba"))
+    plain = Page(written(tmp_path, {})[1])
+    log_into(tmp_path, led_log("aba", first=name))
+    found, html = written(tmp_path, {})
+    assert found["leaders"]["counts"] == {name[:TEXT_CHARACTERS]: 2, "b": 1}
+    assert sorted(tag for tag, _ in Page(html).elements) == sorted(tag for tag, _ in plain.elements)
+
+
+# --- rounds that close by themselves ---
+
+
+def test_closed_rounds_are_counted_and_only_the_first_listed(tmp_path: Path) -> None:
+    reason = "round 3 closes: 2 of 3 had pushed in time"
+    closes = [event("close", 1.0 + i, version=i, reasons=[reason, "next", "next"]) for i in range(500)]
+    log_into(tmp_path, [*small_log()[:5], *closes, *small_log()[5:]])
+    found, html = written(tmp_path, {})
+    events, few = found["events"], FREQUENT["close"]
+    assert events["counts"]["close"] == 500
+    assert events["unlisted"] == 500 - few
+    listed = [event["text"] for event in events["first"] + events["last"] if event["kind"] == "close"]
+    assert listed == [f"version {i}: {reason}; next" for i in range(few)]
+    assert sum(events["counts"].values()) == len(events["first"]) + len(events["last"]) + events["unlisted"]
+    assert f"{500 - few} that come every round are not listed" in html
+    assert "are left out here" not in html
+    assert found["updates"] == 4
+
+
 # --- bounds ---
 
 
@@ -415,7 +588,8 @@ def test_nothing_from_outside_becomes_markup(tmp_path: Path) -> None:
             for line in small_log()
         ]
         lines += [event(text, 11.0, **{text: text}), event("diverged", 12.0, worker=text, version=text)]
-        lines += [apply(text, 13.0, 0, **{text: 1.0})]
+        lines += [apply(text, 13.0, 0, leader=text, round=1, **{text: 1.0})]
+        lines += [event("close", 14.0, version=text, reasons=[text], leader=text, round=2)]
         log_into(tmp_path, lines)
         return Page(written(tmp_path, summary)[1])
 
