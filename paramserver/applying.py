@@ -245,6 +245,7 @@ class Applying:
             "worker": session.worker,
             "number": facts.number,
             "version": shard.version.version,
+            "updates": state.budget.updates,
             "lag": facts.lag_versions,
             "weight": weight,
             "loss": facts.loss,

@@ -85,7 +85,13 @@ class ServerCore:
         self.order = WorkOrder()
         self.downlink = Downlink()
         self.rates = status.Throughput()
-        self.deciding = Deciding(self.state, self.out, self.order, lambda session: self.pulls.answer_held(session), self._end)
+        self.deciding = Deciding(
+            self.state,
+            self.out,
+            self.order,
+            answer=lambda session: self.pulls.answer_held(session),
+            turn_away=self._end,
+        )
         self.applying = Applying(
             self.state,
             self.out,
@@ -199,8 +205,9 @@ class ServerCore:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
         times = [self._sweep_due, state.now + self.settings.lease_s / 4]
-        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline, *self._waited_for.values())
+        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline)
         times += [t for t in deadlines if t is not None]
+        times += self._waited_for.values()
         if not state.finished and (end := state.budget.end()) is not None:
             times.append(end)
         return min(times)

@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from common.buffers import zeros
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
-from common.messages import Order, Version
+from common.messages import Version
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
 from paramserver.shard import Work
@@ -198,20 +198,14 @@ def restore(state: ServerState, recovered: Recovered) -> None:
         session = Session.recall(remembered, state.now, state.settings.lease_s)
         state.sessions[session.token] = session
         session.buffers = arrays.get(f"buffers.{session.token}")
-        if session.live and remembered["order"] is not None:
-            _restore_order(state, session, *remembered["order"])
+        if session.order is not None:
+            # what the rule waits for must be done, even if it was done before: the order is said again as a new one
+            session.last_order = (state.epoch << CONNECTION_BITS) + 1
+            session.order = replace(session.order, id=session.last_order)
         if session.live and state.rule.private:
             session.anchored = False  # what it holds went on without us
         if session.live and session.anchored:
             _restore_arrays(session, shard.session_arrays(), arrays)
-
-
-def _restore_order(
-    state: ServerState, session: Session, upload: bool, pull: Sequence[str], until: int, sentence: str
-) -> None:
-    """What the rule waits for must be done, even if it was done before: the order is said again as a new one."""
-    session.last_order = (state.epoch << CONNECTION_BITS) + 1
-    session.order = Order(session.token, 0, session.last_order, upload, tuple(pull), until, sentence)
 
 
 def layout_of(state: ServerState, recovered: Recovered) -> Layout:

@@ -303,6 +303,9 @@ class Session:
         session.counters.updates = record["updates"]
         session.counters.samples = record["samples"]
         session.counters.steps = record["steps"]
+        if record["order"] is not None:
+            upload, pull, until, sentence = record["order"]
+            session.order = Order(session.token, 0, 0, upload, tuple(pull), until, sentence)
         if not record["live"]:
             session.ended = now
         return session

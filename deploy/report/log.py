@@ -217,7 +217,8 @@ class Run:
         return trace
 
     def _apply(self, trace: Trace, line: Mapping[str, Any], time_s: float) -> None:
-        self.updates += 1
+        known = finite(line.get("updates"))  # more than the lines, where steps are reported instead of pushed
+        self.updates = max(self.updates + 1, int(known or 0))
         trace.counts["updates"] += 1
         for name in ("steps", "samples", "bytes_up", "bytes_down"):
             trace.counts[name] += int(finite(line.get(name)) or 0)

@@ -250,7 +250,7 @@ def test_refusal_at_the_door_is_final_and_told(code: str) -> None:
 
 def test_server_of_another_protocol_is_final() -> None:
     bench = Bench()
-    bench.does(Received(SERVER, [b"\x82\xa8protocol\x02\xa4type\xa5fault"]))
+    bench.does(Received(SERVER, [b"\x82\xa8protocol\x63\xa4type\xa5fault"]))
     [failed] = bench.news(worker.Failed)
     assert failed.error.code == "protocol_version"
 
