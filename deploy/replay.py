@@ -14,15 +14,12 @@ Laws
   half makes of them what is pushed, merges replies, tracks the anchor and pulls.
 * What the rule refuses (PeerError) changes nothing, but that its number is used up.
 
-Computed here: u = center after - center before, and shift = center before - s, where a session has an array s, the
-center before its worker's last applied update. They are GEM's vectors under GEM's names; rules have no other way to
-show a vector than as a named array of their state or session.
-
 Left out: what `RuleServer` leaves out; joining later, and coming back; `overlap`; rules that cut the vector.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import reprlib
@@ -345,7 +342,7 @@ class _Run:
         if case.rule.private:
             pushed = np.empty_like(x)
             case.rule.update(case.config, x, worker.anchor, pushed)
-        before, kept = server.center.copy(), _copied(server.sessions[name])
+        before, kept = server.center.copy(), copy.deepcopy(server.sessions[name])
         try:
             result = server.push(name, pushed, **entry.scalars.model_dump())
         except PeerError as error:
@@ -356,7 +353,9 @@ class _Run:
         details: dict[str, Any] = {}
         if any(isinstance(effect, Apply) for effect in result.effects):
             figures = {key: value if math.isfinite(value) else None for key, value in server.details().items()}
-            details = {**figures, **self._vectors(number, name, before, kept)}
+            rule, now = case.rule, server.sessions[name]
+            found = rule.vectors(case.config, before, kept, server.center, server.state, now)
+            details = {**figures, **self._listed(number, found)}
         return self._line(number, "push", i, result, {"details": details})
 
     def _report(self, number: int, entry: Report) -> str:
@@ -381,16 +380,6 @@ class _Run:
                 fix="Remove the entry; workers do not come back in a replay.",
             )
         return worker
-
-    def _vectors(self, number: int, name: str, before: Floats, kept: Mapping[str, Floats]) -> dict[str, Any]:
-        """GEM's u, shift and m, where a session has an s."""
-        if "s" not in kept:
-            return {}
-        arrays = {**_named(self._server.state), **_named(self._server.sessions[name])}
-        found = {"u": self._server.center - before, "shift": before - kept["s"]}
-        if "m" in arrays:
-            found["m"] = arrays["m"]
-        return self._listed(number, found)
 
     def _moved(self, result: Result) -> dict[str, Floats]:
         """Let workers take their replies and follow their orders; x of those whose parameters that changed."""
@@ -467,7 +456,3 @@ class _Run:
 def _named(arrays: Arrays) -> dict[str, Floats]:
     found: dict[str, Floats] = arrays._asdict()
     return found
-
-
-def _copied(arrays: Arrays) -> dict[str, Floats]:
-    return {name: array.copy() for name, array in _named(arrays).items()}

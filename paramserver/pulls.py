@@ -107,8 +107,10 @@ class Pulls:
             self._reply(session, "anchor")
 
     def answer_held(self, session: Session) -> None:
-        """A push that was held is answered now."""
-        session.decision = replace(session.decision, outcome="applied", version=self._state.version)
+        """A push that was held is answered now. Its version is that of the center that holds it: where only the reply
+        was late, it has one already."""
+        version = session.decision.version if session.late else self._state.version
+        session.decision = replace(session.decision, outcome="applied", version=version)
         session.late = False
         if session.decision.source is None or self._state.diverged:
             self._applying.tell_decision(session)

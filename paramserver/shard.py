@@ -25,7 +25,7 @@ from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
 from common.messages import Version
-from common.rules.base import Arrays, Config, Effect, Exchange, Reply, Rule, Terms, perform
+from common.rules.base import Arrays, Config, Effect, Exchange, Reply, Rule, Terms, changes_center, perform
 
 
 class Work(NamedTuple):
@@ -118,6 +118,7 @@ class Shard:
         up, down = self.ups[fragment], self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
+        unseen = changes_center(effects) and exchange is None and source != CENTER
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
@@ -139,6 +140,8 @@ class Shard:
                         finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out)
                 if source is not None:
                     finite &= self._encode(down, out, index, source)
+                if unseen:  # no encoder looks at what was written
+                    finite &= bool(np.isfinite(self.center[block.first : block.last]).all())
             return finite
 
         return _over(up, work)
@@ -147,14 +150,16 @@ class Shard:
         """Run the kernels of `effects` where no update is pushed."""
         nothing = np.zeros(0, np.float32)
         stats = np.zeros(self.rule.stats_width)
+        changes = changes_center(effects)
 
         def work(first: int, last: int, scratch: F32) -> bool:
+            finite = True
             for block in self.exact.blocks[first : min(last, self.exact.parameter_blocks)]:
                 part = slice(block.first, block.last)
-                perform(
-                    self.rule, self.config, effects, self.center[part], _part(self.state, part), None, nothing, stats
-                )
-            return True
+                c = self.center[part]
+                perform(self.rule, self.config, effects, c, _part(self.state, part), None, nothing, stats)
+                finite &= not changes or bool(np.isfinite(c).all())
+            return finite
 
         return _over(self.exact, work)
 

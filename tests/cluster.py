@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from common import chunks, codecs, wire
+from common import chunks, codecs, rules, wire
 from common.codecs.base import BLOCK_ELEMENTS, F32
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
@@ -52,6 +52,7 @@ from common.messages import (
     Optimizer,
     Pull,
     Push,
+    Report,
     Resume,
     Scalars,
     Version,
@@ -695,10 +696,10 @@ class Hand:
         new, self._read = self.desk.sent[self._read :], len(self.desk.sent)
         return [message for peer, message in new if peer == self.peer and isinstance(message, kind)]
 
-    def redial(self) -> Hand:
-        """The same worker on a fresh connection; it has not said Hello yet."""
-        other = Hand(self.desk, self.name)
-        other.instance, other.session, other._read = self.instance, self.session, len(self.desk.sent)
+    def redial(self, desk: Desk | None = None) -> Hand:
+        """The same worker on a fresh connection (to another life of the server); it has not said Hello yet."""
+        other = Hand(desk or self.desk, self.name)
+        other.instance, other.session, other._read = self.instance, self.session, len(other.desk.sent)
         return other
 
     def hello(self, *, resume: Resume | None = None, **changes: Any) -> Any:
@@ -725,9 +726,9 @@ class Hand:
                 self.session, self.connection, self.welcome = answer.session, answer.connection, answer
         return answers[-1]
 
-    def resume(self, last_sent: int, last_applied: int = 0) -> Hand:
+    def resume(self, last_sent: int, last_applied: int = 0, desk: Desk | None = None) -> Hand:
         """Come back on a fresh connection, with what is remembered."""
-        other = self.redial()
+        other = self.redial(desk)
         other.hello(resume=Resume(self.session, last_sent, last_applied, 0))
         return other
 
@@ -739,9 +740,14 @@ class Hand:
         """Pull the center to go on from it, all of it."""
         return self.pull("anchor")
 
-    def pull(self, purpose: Any = "evaluate") -> Any:
-        """Pull the center and take every chunk of it; the answer."""
-        self.send(Pull(self.session, self.connection, purpose, "", NOWHERE, 0))
+    def report(self, steps: int, loss: float = 0.5, orders: int = 0) -> None:
+        """So many steps are done, so many samples each, and the last order that was carried out."""
+        self.send(Report(self.session, self.connection, steps, 8 * steps, loss, orders))
+
+    def pull(self, purpose: Any = "evaluate", source: str = "") -> Any:
+        """Pull the center (or a source) and take every chunk of it; the answer."""
+        self.heard()
+        self.send(Pull(self.session, self.connection, purpose, source, NOWHERE, 0))
         answers = self.heard()
         if answers and getattr(answers[-1], "reply", None) is not None and not answers[-1].payload:
             self.more(answers[-1].reply.id)
@@ -754,7 +760,7 @@ class Hand:
     def begun(self, number: int, **changes: Any) -> Begin:
         """The Begin of a push (or, with `kind`, of the initial weights)."""
         codec = changes.get("codec", self.desk.settings.codec)
-        size = chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32").bytes
+        size = self._plan(codec, int(changes.get("fragment", 0)), whole=changes.get("kind") == "init").bytes
         values = {
             "kind": "push",
             "fragment": 0,
@@ -765,13 +771,20 @@ class Hand:
         }
         return Begin(self.session, self.connection, number=number, **(values | changes))  # type: ignore[arg-type]
 
+    def _plan(self, codec: str, fragment: int, *, whole: bool = False) -> chunks.Plan:
+        """The plan of what is pushed; of the whole vector where there is no such codec or fragment."""
+        settings = self.desk.settings
+        fragments = 1 if whole else rules.load(settings.rule).fragments(settings.rule_config())
+        cut = (fragment, fragments) if fragment < fragments else (0, 1)
+        return chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32", *cut)
+
     def pieces(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> list[Message]:
         """The messages of a push, in order: one, or Begin, Chunks and Commit."""
         begin = self.begun(number, **changes)
-        plan = chunks.plan(self.desk.layout, begin.codec if begin.codec in codecs.names() else "fp32")
+        plan = self._plan(begin.codec, begin.fragment, whole=begin.kind == "init")
         data = np.zeros(plan.bytes, np.uint8)
-        if plan.codec == "fp32":  # as it is, NaN too
-            data.view(np.float32)[: self.desk.layout.elements] = fill
+        if plan.codec == "fp32" and len(plan.blocks) == len(self._plan("fp32", 0, whole=True).blocks):
+            data.view(np.float32)[: self.desk.layout.elements] = fill  # as it is, NaN too
         else:
             plan.encode(np.full(self.desk.layout.elements, fill, np.float32), data)
         scalars = Scalars(0.5, 8, 1, 0.1)
@@ -783,6 +796,7 @@ class Hand:
 
     def push(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> Any:
         """Push all of it; the last answer."""
+        self.heard()
         for message in self.pieces(number, fill, **changes):
             self.send(message)
         answers = self.heard((Ack,))

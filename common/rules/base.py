@@ -231,6 +231,8 @@ class Rule(NamedTuple):
         propose(config, c, S, K, d, weight, args, out)     out: (n,) the reply
         settle(config, c, S, K, reply)                     reply: (n,) as the worker decodes it
         details(config, stats)                      stats: (blocks, stats_width) -> named figures for the run log
+    For whoever checks by hand
+        vectors(config, before, kept, c, S, K)      named vectors of one apply; before, kept: c and K as they were
     """
 
     name: str
@@ -295,6 +297,9 @@ class Rule(NamedTuple):
     settle: Callable[[Any, Floats, Arrays, Arrays, Floats], None] | None = None
     stats_width: int = 0
     details: Callable[[Any, Floats], dict[str, float]] = lambda config, stats: {}
+    vectors: Callable[[Any, Floats, Arrays, Floats, Arrays, Arrays], dict[str, Floats]] = (
+        lambda config, before, kept, c, state, session: {}
+    )
 
 
 # What servers do with effects: the parameter server, and `common.replay`.

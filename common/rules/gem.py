@@ -231,6 +231,12 @@ def _oldest(session: AnySession) -> Floats:
     return session.oldest if isinstance(session, OverlapSession | GlobalOverlapSession) else session.s
 
 
+def vectors(config: Gem, before: Floats, kept: Any, c: Floats, state: Any, session: Any) -> dict[str, Floats]:
+    """u, shift and m of the last apply."""
+    base_of_shift = kept.oldest if hasattr(kept, "oldest") else kept.s
+    return {"u": c - before, "shift": before - base_of_shift, "m": (session if hasattr(session, "m") else state).m}
+
+
 RULE = Rule(
     name="gem",
     summary="Gradient Energy Matching: scale each element so that the center moves like one momentum SGD",
@@ -244,4 +250,5 @@ RULE = Rule(
     apply=apply,
     stats_width=ENERGIES + SAMPLES,
     details=details,
+    vectors=vectors,
 )
