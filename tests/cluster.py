@@ -783,7 +783,7 @@ class Hand:
         begin = self.begun(number, **changes)
         plan = self._plan(begin.codec, begin.fragment, whole=begin.kind == "init")
         data = np.zeros(plan.bytes, np.uint8)
-        if plan.codec == "fp32" and len(plan.blocks) == len(self._plan("fp32", 0, whole=True).blocks):
+        if plan.codec == "fp32" and plan.bytes == self._plan("fp32", 0, whole=True).bytes:
             data.view(np.float32)[: self.desk.layout.elements] = fill  # as it is, NaN too
         else:
             plan.encode(np.full(self.desk.layout.elements, fill, np.float32), data)

@@ -14,19 +14,11 @@ Left out: the name's other meaning, a norm of the update set against its stalene
 
 from __future__ import annotations
 
-from typing import Any
-
-from common.rules.base import Apply, Arrays, Config, Effect, Facts, Floats, Reply, Rule, kernel
+from common.rules.base import Apply, Config, Effect, Facts, Reply, Rule, add_update
 
 
 class Adag(Config):
     """Accumulated gradient normalisation has no settings of its own."""
-
-
-@kernel
-def _add(c: Any, d: Any, weight: Any) -> None:
-    for i in range(c.size):
-        c[i] += weight * d[i]
 
 
 def admit(config: Adag, decisions: None, facts: Facts) -> tuple[None, list[Effect]]:
@@ -38,25 +30,11 @@ def admit(config: Adag, decisions: None, facts: Facts) -> tuple[None, list[Effec
     ]
 
 
-def apply(
-    config: Adag,
-    c: Floats,
-    state: Arrays,
-    session: Arrays,
-    d: Floats,
-    weight: float,
-    args: tuple[float, ...],
-    stats: Floats,
-) -> None:
-    """c <- c + weight D."""
-    _add(c, d, c.dtype.type(weight))
-
-
 RULE = Rule(
     name="adag",
     summary="asynchronous SGD that divides every update by its number of local steps",
     paper="Hermans, Spanakis & Möckel, arXiv 1710.02368",
     Config=Adag,
     admit=admit,
-    apply=apply,
+    apply=add_update,
 )

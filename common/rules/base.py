@@ -50,6 +50,7 @@ __all__ = [
     "Reply",
     "Rule",
     "Terms",
+    "add_update",
     "admit_at_once",
     "allocate",
     "allocate_rows",
@@ -371,6 +372,26 @@ def admit_at_once(config: Config, decisions: Decisions, facts: Facts) -> Decided
         Apply(1.0, "applied on arrival"),
         Reply(facts.worker, "after", "the center after this update"),
     ]
+
+
+@kernel
+def _add(c: Any, d: Any, weight: Any) -> None:
+    for i in range(c.size):
+        c[i] += weight * d[i]
+
+
+def add_update(
+    config: Config,
+    c: Floats,
+    state: Arrays,
+    session: Arrays,
+    d: Floats,
+    weight: float,
+    args: tuple[float, ...],
+    stats: Floats,
+) -> None:
+    """c <- c + weight D."""
+    _add(c, d, c.dtype.type(weight))
 
 
 def allocate(kind: type[Any], n: int, dtype: DTypeLike) -> Arrays:

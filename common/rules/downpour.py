@@ -10,33 +10,11 @@ parameter deltas, not gradients) and its separate push and fetch periods (an exc
 
 from __future__ import annotations
 
-from typing import Any
-
-from common.rules.base import Arrays, Config, Floats, Rule, kernel
+from common.rules.base import Config, Rule, add_update
 
 
 class Downpour(Config):
     """DOWNPOUR has no settings of its own."""
-
-
-@kernel
-def _add(c: Any, d: Any, weight: Any) -> None:
-    for i in range(c.size):
-        c[i] += weight * d[i]
-
-
-def apply(
-    config: Config,
-    c: Floats,
-    state: Arrays,
-    session: Arrays,
-    d: Floats,
-    weight: float,
-    args: tuple[float, ...],
-    stats: Floats,
-) -> None:
-    """c <- c + weight D."""
-    _add(c, d, c.dtype.type(weight))
 
 
 RULE = Rule(
@@ -44,5 +22,5 @@ RULE = Rule(
     summary="plain asynchronous SGD: the center adds every update as it comes",
     paper="Dean et al., NeurIPS 2012",
     Config=Downpour,
-    apply=apply,
+    apply=add_update,
 )

@@ -14,19 +14,11 @@ Left out: the multi-version schedule of the SIGMOD paper itself.
 
 from __future__ import annotations
 
-from typing import Any
-
-from common.rules.base import Apply, Arrays, Config, Effect, Facts, Floats, Reply, Rule, kernel
+from common.rules.base import Apply, Config, Effect, Facts, Reply, Rule, add_update
 
 
 class Dynsgd(Config):
     """DynSGD has no settings of its own."""
-
-
-@kernel
-def _add(c: Any, d: Any, weight: Any) -> None:
-    for i in range(c.size):
-        c[i] += weight * d[i]
 
 
 def admit(config: Dynsgd, decisions: None, facts: Facts) -> tuple[None, list[Effect]]:
@@ -38,25 +30,11 @@ def admit(config: Dynsgd, decisions: None, facts: Facts) -> tuple[None, list[Eff
     ]
 
 
-def apply(
-    config: Dynsgd,
-    c: Floats,
-    state: Arrays,
-    session: Arrays,
-    d: Floats,
-    weight: float,
-    args: tuple[float, ...],
-    stats: Floats,
-) -> None:
-    """c <- c + weight D."""
-    _add(c, d, c.dtype.type(weight))
-
-
 RULE = Rule(
     name="dynsgd",
     summary="asynchronous SGD that divides every update by its staleness and one",
     paper="Jiang et al., SIGMOD 2017, as in Hermans & Louppe, arXiv 1805.08469",
     Config=Dynsgd,
     admit=admit,
-    apply=apply,
+    apply=add_update,
 )

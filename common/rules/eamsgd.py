@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.rules import elastic
-from common.rules.base import Floats, OptimizerFacts, Rule, kernel
+from common.rules.base import Floats, OptimizerFacts, kernel
 from common.rules.elastic import Elastic
 
 
@@ -61,24 +61,11 @@ def point(config: Eamsgd, x: Floats, m: Floats, optimizer: OptimizerFacts) -> No
     _point(x, m, x.dtype.type(optimizer.momentum * optimizer.lr))
 
 
-RULE = Rule(
+RULE = elastic.rule(
     name="eamsgd",
     summary="elastic averaging on workers with Nesterov momentum: the exchange is on x, the model holds x + delta v",
     paper="Zhang, Choromanska & LeCun, arXiv 1412.6651",
     Config=Eamsgd,
-    lost_reply="resend",
-    private=True,
     accept=accept,
     point=point,
-    merge=elastic.merge,
-    track=elastic.track,
-    start=elastic.start,
-    join=elastic.join,
-    leave=elastic.leave,
-    admit=elastic.admit,
-    figures=elastic.figures,
-    session=elastic.session,
-    anchor=elastic.anchor,
-    propose=elastic.propose,
-    settle=elastic.settle,
 )

@@ -19,7 +19,6 @@ Left out: the synchronous form; momentum (that is `eamsgd`, though any inner opt
 from __future__ import annotations
 
 from common.rules import elastic
-from common.rules.base import Rule
 from common.rules.elastic import Elastic
 
 
@@ -27,22 +26,9 @@ class Easgd(Elastic):
     """Settings of elastic averaging."""
 
 
-RULE = Rule(
+RULE = elastic.rule(
     name="easgd",
     summary="elastic averaging: each worker keeps its own parameters, and they and the center pull at each other",
     paper="Zhang, Choromanska & LeCun, arXiv 1412.6651",
     Config=Easgd,
-    lost_reply="resend",
-    private=True,
-    merge=elastic.merge,
-    track=elastic.track,
-    start=elastic.start,
-    join=elastic.join,
-    leave=elastic.leave,
-    admit=elastic.admit,
-    figures=elastic.figures,
-    session=elastic.session,
-    anchor=elastic.anchor,
-    propose=elastic.propose,
-    settle=elastic.settle,
 )

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike
 from pydantic import Field
 
 from common.rules import base
-from common.rules.base import Arrays, Config, Effect, Exchange, Facts, Floats, Member, Reply, Terms, kernel
+from common.rules.base import Arrays, Config, Effect, Exchange, Facts, Floats, Member, Reply, Rule, Terms, kernel
 
 Decisions: TypeAlias = dict[str, Any]
 """{"expected": workers, or None where that is not told; "members": names, in order of joining}."""
@@ -141,3 +141,23 @@ def propose(
 def settle(config: Elastic, c: Floats, state: Arrays, session: Session, reply: Floats) -> None:
     """c <- c + E; x_k <- x_k - E, E as the worker decodes it."""
     _settle(c, session.replica, reply)
+
+
+def rule(**own: Any) -> Rule:
+    """An elastic rule: `own` are the fields of `Rule` that are its own."""
+    return Rule(
+        lost_reply="resend",
+        private=True,
+        merge=merge,
+        track=track,
+        start=start,
+        join=join,
+        leave=leave,
+        admit=admit,
+        figures=figures,
+        session=session,
+        anchor=anchor,
+        propose=propose,
+        settle=settle,
+        **own,
+    )
