@@ -2,7 +2,7 @@
 
 Laws
 * Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait.
-* Of one session, at most one request of a kind waits.
+* Of one session, at most one request of a kind waits. A pull that anchors and comes twice is answered once.
 * Only a pull that anchors, and a reply that comes later than its push, tell the rule anything: what its worker goes on
   from (GEM: s <- c). Pulls to evaluate never do.
 * A pull that its session or connection has outlived is dropped.
@@ -88,6 +88,9 @@ class Pulls:
             request.source = self._source(session, pull.source)
         if kind == "anchor":
             request.how = "anchor"
+            if session.anchor_asked == (session.connection, pull.merged):
+                return  # said twice: it goes on from the first answer, and the rule must not be told another
+            session.anchor_asked = session.connection, pull.merged
         # asking twice is asking once
         for older in [r for r in self._waiting if r.session is session and r.kind == kind]:
             self._waiting.remove(older)

@@ -161,6 +161,8 @@ class Session:
     """(buffers,) float32: last float buffers pushed, where they are averaged."""
     anchored: bool = False
     """Whether it was given a center to go on from; before that it has nothing to push."""
+    anchor_asked: tuple[int, int] = (0, -1)
+    """(connection, last reply merged) of the last pull that asked for it."""
     decision: Decision = field(default_factory=Decision)
     answered_connection: int = 0
     """The connection on which the last decision was told."""

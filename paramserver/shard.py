@@ -166,18 +166,25 @@ class Shard:
     def read_work(
         self, out: U8, source: Source, fragment: int | None, session: Arrays | None, how: Literal["anchor", "given"]
     ) -> Work:
-        """Encode a source as it is; with a session's arrays, its worker is given it: to go on from, or late."""
+        """Encode a source as it is; with a session's arrays, its worker is given it: to go on from, or late.
+
+        A rule whose worker half tracks what the server knows of it goes on from what the worker decodes.
+        """
         down = self.reply_plan(fragment)
         kernel = self.rule.anchor if how == "anchor" else self.rule.given
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
             for index in range(first, last):
+                finite &= self._encode(down, out, index, source)
                 if session is not None and kernel is not None and index < down.parameter_blocks:
                     block = down.blocks[index]
                     part = slice(block.first, block.last)
-                    kernel(self.config, self.center[part], _part(session, part))
-                finite &= self._encode(down, out, index, source)
+                    given = self.center[part]
+                    if self.rule.track is not None and finite:
+                        given = scratch[: given.size]
+                        down.decode_block(block, out, given)
+                    kernel(self.config, given, _part(session, part))
             return finite
 
         return _over(down, work)

@@ -169,9 +169,7 @@ class Uplink:
         self.drop(session)
         if error.code != Code.FINISHED:
             self._note_rejected(session, transfer.begin.number, error)
-        self.decide(
-            session, Decision(transfer.begin.number, "rejected", error.code, str(error), self._state.version)
-        )
+        self.decide(session, Decision(transfer.begin.number, "rejected", error.code, str(error), self._state.version))
 
     def _start(self, session: Session, begin: Begin) -> Transfer | None:
         """A new transfer, in line for a slot; None where `begin` is answered already."""

@@ -173,15 +173,19 @@ class Trainer:
         s = self.again.popleft() if self.again else self.next
         self.next = max(self.next, s + 1)
         self.in_flight = s
-        model, plan = self.cluster.model, self.core.plan("fp32")
+        plan = self.core.plan(self.cluster.settings.codec)
         data = np.zeros(plan.bytes, np.uint8)
-        plan.encode(model.update(self.row, s), data)
+        plan.encode(self.update(s), data)
         chunks = len(plan.chunks)
         ready = chunks if chunks == 1 else self.cluster.random.randrange(chunks)
         self.cluster.work(self, worker.PushWanted(data, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
         self.numbers[self.core.membership.token, self.core.membership.last_number] = s
         if ready < chunks:
             self.cluster.after(0.001, partial(self.cluster.work, self, worker.Encoded(chunks)))
+
+    def update(self, s: int) -> F32:
+        """(elements,) what update `s` pushes."""
+        return self.cluster.model.update(self.row, s)
 
     def hears(self, frames: Sequence[Buffer]) -> None:
         """Note what the wire tells and the core keeps to itself."""
@@ -262,8 +266,9 @@ class Cluster:
         job_s: float = 0.002,
         train_s: float = 0.05,
         settings: dict[str, Any] | None = None,
+        trainer: type[Trainer] = Trainer,
     ) -> None:
-        self.seed, self.faults, self.job_s, self.train_s = seed, faults, job_s, train_s
+        self.seed, self.faults, self.job_s, self.train_s, self.trainer = seed, faults, job_s, train_s, trainer
         self.random = random.Random(seed)
         self.now = 0.0
         self.model = Counting(4 * workers, updates, guard)
@@ -347,7 +352,7 @@ class Cluster:
     def add_worker(self) -> None:
         """One more worker, with a row of its own, while there are rows."""
         if len(self.trainers) < self.model.shape[0]:
-            trainer = Trainer(self, len(self.trainers))
+            trainer = self.trainer(self, len(self.trainers))
             self.trainers.append(trainer)
             self.work(trainer, worker.Dialled())
             self.after(self.train_s, trainer.train)
@@ -680,6 +685,8 @@ class Hand:
         self.peer = b"hand-%d" % next(self._peers)
         self.instance = f"{name}-{self.peer!r}"
         self.session, self.connection = "", 0
+        self.merged = 0
+        """Last reply merged: the last center that it was given."""
         self.welcome: Any = None
         self._read = 0
 
@@ -747,8 +754,10 @@ class Hand:
     def pull(self, purpose: Any = "evaluate", source: str = "") -> Any:
         """Pull the center (or a source) and take every chunk of it; the answer."""
         self.heard()
-        self.send(Pull(self.session, self.connection, purpose, source, NOWHERE, 0))
+        self.send(Pull(self.session, self.connection, purpose, source, NOWHERE, self.merged))
         answers = self.heard()
+        if answers and getattr(answers[-1], "reply", None) is not None:
+            self.merged = answers[-1].reply.id
         if answers and getattr(answers[-1], "reply", None) is not None and not answers[-1].payload:
             self.more(answers[-1].reply.id)
         return answers[-1] if answers else None

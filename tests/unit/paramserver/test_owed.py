@@ -136,6 +136,7 @@ def test_the_slot_of_an_owed_reply_is_free_in_the_end(layout: Layout, how: str) 
                 again.send(message)
             again.bye()
             desk.finish()
+            desk.by_itself = True
     assert taken(desk) == 0
     assert len(desk.core.downlink) == 0
     assert b.push(1).outcome == "applied"
@@ -203,7 +204,7 @@ def test_with_fewer_slots_than_workers_an_unconfirmed_reply_makes_others_wait_bu
 
 def test_a_reply_that_is_no_longer_kept_is_never_replaced_by_the_center() -> None:
     """The worker would take it for an elastic difference."""
-    desk, (a, b) = elastic("a", "b")
+    _, (a, b) = elastic("a", "b")
     ack = a.push(1, 4.0)
     confirm(a, ack)
     again = a.resume(1)
