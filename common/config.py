@@ -245,12 +245,24 @@ class ServerSettings(Settings):
     def _rule_fits(cls, value: int | None, info: ValidationInfo) -> int | None:
         """The last of the settings that a rule may depend on is here: ask the rule."""
         known = info.data
-        if not {"rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "workers"} <= known.keys():
+        if not {"rule", "rule_settings", "codec", "reply_codec", "workers", "lag_weight", "max_lag"} <= known.keys():
             return value  # refused already
+        if not {"local_steps", "local_steps_by_speed", "overlap"} <= known.keys():
+            return value
         rule = rules.load(known["rule"])
         terms = _terms(known | {"max_clock_gap": value})
         if refusal := rule.fits(rules.configure(rule, known["rule_settings"]), terms):
             raise _no(refusal, fix=f"`paramserver rules {rule.name}` tells its settings.")
+        if (rule.schedules or rule.rounds) and known["lag_weight"] != "none":
+            raise _no(
+                f"lag_weight '{known['lag_weight']}' does not go with rule '{rule.name}', whose updates have no lag.",
+                fix="Leave it out, or choose a rule that applies updates as they come.",
+            )
+        if rule.schedules and (known["max_lag"] is not None or known["local_steps_by_speed"]):
+            raise _no(
+                f"Rule '{rule.name}' says itself when workers train: without max_lag and local_steps_by_speed.",
+                fix="Leave them out.",
+            )
         held = rule.rounds or rule.private or rule.schedules
         if value is not None and held:
             raise _no(
@@ -478,8 +490,14 @@ def _refusal(model: type[Settings], first: ErrorDetails, origins: Mapping[str, s
         )
     match first.get("ctx"):
         case {"error": ValueError(args=(ConfigError() as own,))}:
-            if origins.get(name) == "default":  # what does not fit is another setting
+            if (
+                name == "max_clock_gap" and origins.get(name, "default") == "default"
+            ):  # it was only the last to be known
                 return own
+            if name == "rule_settings":
+                return ConfigError(
+                    f"{own.sentence} It came from{where.replace('(', '').replace(')', '')}.", fix=own.fix
+                )
             return ConfigError(f"{own.sentence} It is setting '{name}'{where}.", fix=own.fix)
     message = first["msg"][0].lower() + first["msg"][1:]
     return ConfigError(

@@ -28,6 +28,10 @@ UPDATES_PER_WORKER = 150
 """Budget where none is given."""
 
 
+LEASE_S = 8.0
+"""On one machine a worker that says nothing for so long is dead or stopped: rounds need not wait longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One run, checked. `devices`: torch's name of one for each worker."""
@@ -44,6 +48,13 @@ class Plan:
     solo: bool
     center: Task
     """To look at the center with."""
+
+    @property
+    def again(self) -> str:
+        """Flags with which another launch goes on from this run's directory."""
+        settings = self.server.settings
+        rule = [f"--set {name}={value}" for name, value in settings.rule_settings.items()]
+        return " ".join([f"--directory {self.directory}", f"--rule {settings.rule}", *rule, f"--task {self.task}"])
 
     @property
     def where(self) -> str:
@@ -99,6 +110,8 @@ def make(
     if settings.budget_updates is settings.budget_samples is settings.budget_s is None:
         chosen["budget_updates"] = UPDATES_PER_WORKER * len(devices)
     chosen["workers"] = len(devices)
+    if loaded.origins["lease_s"] == "default":
+        chosen["lease_s"] = LEASE_S
     if settings.directory is None:
         chosen["directory"] = _fresh_directory(f"{settings.rule}-{Path(task.partition('.py')[0]).name}")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}

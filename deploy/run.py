@@ -78,7 +78,7 @@ class Run:
                 self._ready_file.unlink(missing_ok=True)
         saved = self._server is not None and self._server.code == 0 and self.status.get("updates")
         if saved and isinstance(error, (KeyboardInterrupt, SystemExit)):
-            self._say("info", f"What was trained is saved; go on with --directory {self._plan.directory}")
+            self._say("info", f"What was trained is saved; go on with: paramserver launch {self._plan.again}")
 
     @property
     def _ready_file(self) -> Path:

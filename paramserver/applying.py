@@ -253,7 +253,9 @@ class Applying:
             "steps": facts.steps,
             "bytes_up": shard.ups[facts.fragment].bytes,
             "bytes_down": bytes_down,
+            "bytes_pulled": state.ordered_bytes,
         }
+        state.ordered_bytes = 0
         if state.now - self._last_details >= DETAILS_INTERVAL_S:
             self._last_details = state.now
             values |= state.rule.details(state.config, shard.stats)

@@ -445,7 +445,8 @@ class ServerCore:
         if self.state.stopping:
             return
         self.state.stopping = reason
-        self.out.say("info", f"Stopping ({reason}): {self.order!r}.")
+        under_way = f"{len(self.order)} jobs are finished first" if len(self.order) else "nothing is under way"
+        self.out.say("info", f"Stopping ({reason}); {under_way}.")
         for session in self.sessions.values():
             if session.live and session.transfer is not None and not session.transfer.committed:
                 self.initial.give_up(session, back_in_line=False)

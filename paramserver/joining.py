@@ -265,6 +265,11 @@ class Joining:
         decisions = (
             state.model.shard.decisions if state.model else state.rule.start(state.config, state.settings.terms())
         )
+        if hello.group is not None and "groups" not in type(state.config).model_fields:
+            sentence = (
+                f"Worker '{hello.worker}' asks for group {hello.group}, but rule '{state.rule.name}' has no groups."
+            )
+            raise PeerError(Code.RULE, sentence, fix="Start it without --group.")
         member = Member(hello.worker, hello.host, -1 if hello.group is None else hello.group)
         try:
             state.rule.join(state.config, decisions, member, state.training_s)

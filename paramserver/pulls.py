@@ -230,6 +230,8 @@ class Pulls:
             return
         snapshot.readers += 1
         session.counters.bytes_down += plan.bytes
+        if request.kind == "order":
+            self._state.ordered_bytes += plan.bytes
 
         def done() -> None:
             snapshot.readers -= 1

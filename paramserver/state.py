@@ -60,6 +60,8 @@ class ServerState:
     diverged: str = ""
     """Where the center ceased to be finite, once it did."""
     stopping: str = ""
+    ordered_bytes: int = 0
+    """Sent to workers that were ordered to pull, since the last line of the run log."""
     connections: int = 0
     """Connections so far in this life of the server."""
 

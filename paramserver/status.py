@@ -111,7 +111,10 @@ def _waiting_for(core: ServerCore, now: float) -> list[str]:
         sentences.append(f"{initialiser.worker} to send the initial weights")
     if waited_for := core.state.waited_for:
         held = sum(session.decision.outcome == "held" for session in core.members)
-        sentences += [f"{worker} to push, by {held} that are held" for worker in waited_for if held]
+        by = f", by {held} that are held" if held else ""
+        sentences += [
+            f"{worker} to {'train or upload' if core.state.rule.schedules else 'push'}{by}" for worker in waited_for
+        ]
     for session in core.members:
         transfer = session.transfer
         if transfer is not None and transfer.slot is None and transfer.begin.kind == "push":

@@ -438,6 +438,7 @@ class Session:
             self._in_flight = None
             self._fragment = (self._fragment + 1) % len(self._ups)
         elif news.code == Code.FINISHED or news.outcome == "applied":
+            self.exchanges.pushed += news.outcome == "applied"
             self._in_flight = None
         else:
             self._count_rejected(news.sentence)
@@ -629,7 +630,7 @@ class Session:
         if early is not None:
             self._settled(early, early=False)
         if self._in_flight is None:
-            self.exchanges.hidden += 1
+            self.exchanges.hidden += self._overlap
             return
         started = time.monotonic()
         self._wait(lambda: self._in_flight is None or self._away or self.finished, None, "the exchange")

@@ -43,7 +43,7 @@ LATEST_S = 253_402_300_799
 """End of the year 9999, in seconds since 1970: no log is from later."""
 
 COUNTS = ("updates", "steps", "samples", "bytes_up", "bytes_down", "rejected")
-APPLY = {"time", "kind", "worker", "number", "version", "lag", "weight", "loss", *COUNTS}
+APPLY = {"time", "kind", "worker", "number", "version", "lag", "weight", "loss", "bytes_pulled", *COUNTS}
 """Values of every `apply` line; all others are the rule's own figures."""
 LEADER = {"leader", "round"}
 """Figures of a rule with a leader, in `apply` and `close` lines: they make `Leaders`, and no curve."""
@@ -222,6 +222,7 @@ class Run:
         trace.counts["updates"] += 1
         for name in ("steps", "samples", "bytes_up", "bytes_down"):
             trace.counts[name] += int(finite(line.get(name)) or 0)
+        self.sent["down"] += int(finite(line.get("bytes_pulled")) or 0)
         for way, curve in self.bytes.items():
             self.sent[way] += int(finite(line.get(f"bytes_{way}")) or 0)
             curve.add(time_s, self.updates, self.sent[way])

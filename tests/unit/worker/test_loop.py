@@ -160,7 +160,7 @@ def test_a_run_reports_what_it_did_and_what_its_exchanges_cost(joins: Joins) -> 
     assert asdict(report)["exchanges"]["pushed"] == 3
     expected = digits.make(Context(seed=5, model_seed=9)).model.parameters()
     assert all(torch.equal(*pair) for pair in zip(joins.asked.pop("weights"), expected, strict=True))
-    assert joins.asked == {"address": "tcp://127.0.0.1:7777", "name": "w0", "connect_timeout_s": 4}
+    assert joins.asked == {"address": "tcp://127.0.0.1:7777", "name": "w0", "group": None, "connect_timeout_s": 4}
     assert joins.session.left_by is None
 
 
