@@ -319,6 +319,8 @@ class Session:
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Push what is not pushed yet and wait until it is settled; False where that did not succeed in time."""
         deadline = time.monotonic() + timeout_s
+        if self._rule.schedules:  # this worker's parameters are its own, and pushed only when they are asked for
+            return True
         while not self.finished and (self._in_flight is not None or self._progress.steps):
             self._take_news()
             if self._early is not None:
@@ -441,7 +443,7 @@ class Session:
             self.exchanges.pushed += news.outcome == "applied"
             self._in_flight = None
         else:
-            self._count_rejected(news.sentence)
+            self._count_rejected(news.sentence, news.code)
             log.warning(
                 "update %d was refused (%s): %s It is dropped; going on from the center.",
                 news.number,
@@ -461,13 +463,15 @@ class Session:
         if not self._away:
             self._wait(lambda: not self._reanchoring or self._away or self.finished, None, "the center")
 
-    def _count_rejected(self, why: str) -> None:
+    def _count_rejected(self, why: str, code: str = Code.NON_FINITE) -> None:
         self.exchanges.rejected += 1
         self._rejected_in_a_row += 1
         if self._rejected_in_a_row >= REJECTED_IN_A_ROW:
             raise UsageError(
                 f"{self._rejected_in_a_row} updates in a row could not be pushed, the last because: {why}",
-                fix="Look for NaN in loss or gradients: a lower learning rate, or a gradient scaler, may help.",
+                fix="Look for NaN in loss or gradients: a lower learning rate, or a gradient scaler, may help."
+                if code == Code.NON_FINITE
+                else "Change what it was refused for, on the server or here.",
             )
 
     def _merge(self, reply: F32, start: F32, part: slice) -> None:
