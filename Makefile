@@ -34,7 +34,7 @@ bench: $(STAMP)  ## time one exchange against the peers
 slow: $(STAMP)  ## the slow tests only
 	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
 
-rules: $(STAMP)  ## every rule with real processes, one worker killed, one late: about 12 minutes
+rules: $(STAMP)  ## every rule with real processes, one worker killed, one late: 15 minutes
 	@mkdir -p runs
 	RULES_TABLE=runs/rules.jsonl $(BIN)/python -m pytest -m slow tests/integration/test_every_rule.py $(TEST_FLAGS)
 
