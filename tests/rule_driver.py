@@ -322,9 +322,7 @@ class _Simulation:
         self, rule: Rule, config: Config, objective: Objective, cluster: Cluster, seed: int, dtype: DTypeLike
     ) -> None:
         if rule.schedules or rule.fragments(config) > 1:
-            raise ValueError(
-                f"tests/rule_driver.py cannot schedule workers or cut the vector for {rule.name}."
-            )
+            raise ValueError(f"tests/rule_driver.py cannot schedule workers or cut the vector for {rule.name}.")
         terms = Terms(cluster.local_steps, cluster.overlap, len(cluster.step_s))
         refused = rule.fits(config, terms)
         if refused is not None:
