@@ -245,10 +245,9 @@ class ServerSettings(Settings):
     def _rule_fits(cls, value: int | None, info: ValidationInfo) -> int | None:
         """The last of the settings that a rule may depend on is here: ask the rule."""
         known = info.data
-        if not {"rule", "rule_settings", "codec", "reply_codec", "workers", "lag_weight", "max_lag"} <= known.keys():
-            return value  # refused already
-        if not {"local_steps", "local_steps_by_speed", "overlap"} <= known.keys():
-            return value
+        names = list(cls.model_fields)
+        if not set(names[: names.index(str(info.field_name))]) <= known.keys():
+            return value  # one of them is refused already
         rule = rules.load(known["rule"])
         terms = _terms(known | {"max_clock_gap": value})
         if refusal := rule.fits(rules.configure(rule, known["rule_settings"]), terms):

@@ -198,8 +198,8 @@ def _entry(raw: Any, where: str, rule: Rule, center: Floats, workers: int) -> En
         )
     if isinstance(entry, Report) and not rule.schedules:
         raise ConfigError(
-            f"{where} is a report, but rule '{rule.name}' does not schedule: only under a rule that does (lsgd) do "
-            "workers report.",
+            f"{where} is a report, but rule '{rule.name}' does not schedule: only under a rule that does do workers "
+            "report.",
             fix="Give the loss in the 'scalars' of an update.",
         )
     for name, values in _vectors_of(entry):

@@ -41,7 +41,7 @@ from numpy.typing import DTypeLike
 from pydantic import Field
 
 from common.rules import base
-from common.rules.base import Apply, Config, Effect, Facts, Floats, NoArrays, OptimizerFacts, Reply, Rule, kernel
+from common.rules.base import Apply, Config, Effect, Facts, Floats, NoArrays, OptimizerFacts, Reply, Rule, Terms, kernel
 
 REFERENCE, PAPER, SELF_EXCLUDED = range(3)
 VARIANTS = {"reference": REFERENCE, "paper": PAPER, "self_excluded": SELF_EXCLUDED}
@@ -168,6 +168,15 @@ def state(config: Gem, overlap: bool, n: int, dtype: DTypeLike) -> State | NoArr
     return base.allocate(State, n, dtype) if config.proxy == "global" else NoArrays()
 
 
+def fits(config: Gem, terms: Terms) -> str | None:
+    """A reply that is held is the center of a later moment, and `paper` answers with the one before the update."""
+    if config.variant == "paper" and terms.max_clock_gap is not None:
+        return (
+            "Rule 'gem' with variant paper answers with the center before an update: max_clock_gap would hold it back."
+        )
+    return None
+
+
 def session(config: Gem, overlap: bool, n: int, dtype: DTypeLike) -> AnySession:
     """m = 0; `anchor` sets s to the center the worker is given."""
     kinds = (GlobalSession, GlobalOverlapSession) if config.proxy == "global" else (Session, OverlapSession)
@@ -243,6 +252,7 @@ RULE = Rule(
     paper="Hermans & Louppe, arXiv 1805.08469",
     Config=Gem,
     accept=accept,
+    fits=fits,
     state=state,
     session=session,
     admit=admit,

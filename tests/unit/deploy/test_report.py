@@ -253,6 +253,20 @@ def test_the_history_of_leaders_follows_from_the_log(tmp_path: Path) -> None:
     }
 
 
+def test_where_steps_are_reported_curves_follow_them_and_pulls_are_sent_bytes(tmp_path: Path) -> None:
+    """Three uploads stand for thirty steps; what the others pulled meanwhile is in the next upload's line."""
+    lines = [
+        apply("a", float(i), 0, leader="a", round=i, updates=10 * i, bytes_down=0, bytes_pulled=3 * BYTES)
+        for i in (1, 2, 3)
+    ]
+    log_into(tmp_path, lines)
+    found, _ = written(tmp_path, {"updates": 30})
+    down, loss = found["curves"]["bytes"]["down"], found["curves"]["loss"]
+    assert down["updates"] == [10, 20, 30]
+    assert down["value"] == [3 * BYTES, 6 * BYTES, 9 * BYTES]
+    assert loss["updates"] == [10, 20, 30]
+
+
 def test_of_several_uploads_in_a_round_the_first_tells_its_leader(tmp_path: Path) -> None:
     """With groups: the upload that ends a round, then those of the next election, which carry the same number."""
     lines = [apply("b", 0.0, 0, leader="a", round=0), apply("a", 1.0, 0, leader="a", round=1)]
