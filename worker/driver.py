@@ -1,4 +1,7 @@
-"""The background thread that owns the socket and drives the worker's core. It decides nothing.
+"""Who carries a session: the background thread that owns the socket and drives the worker's core. It decides nothing.
+
+    Machine.this()      this machine: real time, and a `Driver` for each session
+    Carrier             what a session asks of its carrier; a simulator has one of its own
 
 Laws
 * Only this thread touches the socket and the core. The trainer posts events and takes news, both through queues.
@@ -11,11 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import socket
+import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from common import transports
 from common.chunks import Plan
@@ -32,31 +40,28 @@ ENCODE_CHUNKS = 4
 log = logging.getLogger("paramserver.worker")
 
 
-class Driver:
-    """Runs `core` on a thread of its own, on connections to `address`."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
 
-    def __init__(
-        self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial
-    ) -> None:
-        self._core = core
-        self._address = address
-        self._dial = dial
-        self._endpoint = dial(address)
-        self._posted: deque[Any] = deque()
-        self._news: deque[Any] = deque()
-        self._arrived = threading.Condition()
-        self._error: BaseException | None = None
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._wake_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
-        self._thread.start()
 
+class Carrier(ABC):
+    """Carries what a session wants to its core, and the core's news to the session."""
+
+    @abstractmethod
     def post(self, event: Any) -> None:
         """Hand an event to the core, soon; to one that has ended, nothing."""
-        with self._wake_lock:
-            if self._wake >= 0:
-                self._posted.append(event)
-                os.eventfd_write(self._wake, 1)
+
+    @abstractmethod
+    def news(self, timeout_s: float | None = 0.0) -> Any | None:
+        """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
+
+    @abstractmethod
+    def close(self, timeout_s: float) -> None:
+        """Wait until nothing is carried any more: soon after the core has ended."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds, of which only differences mean anything."""
 
     def push(
         self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None, fragment: int = 0
@@ -78,6 +83,49 @@ class Driver:
                 raise
             self.post(Encoded(end))
 
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a session runs. instance: unguessable, and never the same for two sessions."""
+
+    host: str
+    process: int
+    instance: str
+    carry: Callable[[WorkerCore, str], Carrier]
+
+    @classmethod
+    def this(cls) -> Self:
+        """The one this process runs on."""
+        return cls(socket.gethostname(), os.getpid(), secrets.token_hex(8), Driver)
+
+
+class Driver(Carrier):
+    """Runs `core` on a thread of its own, on connections to `address`."""
+
+    def __init__(
+        self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial
+    ) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._core = core
+        self._address = address
+        self._dial = dial
+        self._endpoint = dial(address)
+        self._posted: deque[Any] = deque()
+        self._news: deque[Any] = deque()
+        self._arrived = threading.Condition()
+        self._error: BaseException | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
+        self._thread.start()
+
+    def post(self, event: Any) -> None:
+        """Hand an event to the core, soon; to one that has ended, nothing."""
+        with self._wake_lock:
+            if self._wake >= 0:
+                self._posted.append(event)
+                os.eventfd_write(self._wake, 1)
+
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
         with self._arrived:
@@ -91,6 +139,10 @@ class Driver:
     def close(self, timeout_s: float) -> None:
         """Wait for the thread, which ends when the core has."""
         self._thread.join(timeout_s)
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()
 
     def _run(self) -> None:
         try:

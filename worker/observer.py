@@ -6,8 +6,6 @@ with Observer(address, model) as observer: observer.fetch() loads the center int
 
 from __future__ import annotations
 
-import secrets
-import time
 from types import TracebackType
 from typing import Self
 
@@ -19,25 +17,28 @@ from common.errors import NetworkError, Refused
 from common.messages import Version
 from worker import core
 from worker.core import PullWanted, WorkerCore
-from worker.driver import Driver
+from worker.driver import Machine
 
 
 class Observer:
     """Pulls the center of a server into a model; never pushes and is no member."""
 
-    def __init__(self, address: str, model: torch.nn.Module, *, name: str = "observer") -> None:
+    def __init__(
+        self, address: str, model: torch.nn.Module, *, name: str = "observer", machine: Machine | None = None
+    ) -> None:
+        machine = machine or Machine.this()
         self._address = address
         self._layout = layout_of(model)
         self._binding = Binding(model, self._layout)
         self._core = WorkerCore(
             name=name,
-            instance=secrets.token_hex(8),
+            instance=machine.instance,
             library=LIBRARY,
             layout=self._layout,
             optimizer=None,
             role="observer",
         )
-        self._driver = Driver(self._core, address)
+        self._driver = machine.carry(self._core, address)
         self._left = False
         self.finished = False
 
@@ -48,8 +49,8 @@ class Observer:
         where the model is not the server's.
         """
         self._driver.post(PullWanted("evaluate"))
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
+        deadline = self._driver.now() + timeout_s
+        while (left := deadline - self._driver.now()) > 0:
             match self._driver.news(left):
                 case core.Fetched(base=version, values=values):
                     self._binding.scatter(values)

@@ -20,11 +20,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
-import secrets
-import socket
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
@@ -44,10 +39,8 @@ from common.rules.base import OptimizerFacts
 from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.core import PullWanted, WorkerCore
-from worker.driver import Driver
+from worker.driver import Machine
 
-SWITCH_INTERVAL_S = 0.0005
-"""How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
 NAME_CHARACTERS = 64
 PATIENCE_S = 10.0
 """Waits longer than this are spoken of."""
@@ -64,14 +57,18 @@ def join(
     name: str | None = None,
     group: int | None = None,
     connect_timeout_s: float = 30.0,
+    machine: Machine | None = None,
 ) -> Session:
     """Join the server at `address` with this model; returns when the model holds the server's center.
 
     The first worker of a fresh server supplies the initial weights, all others adopt the center. `group`: which one to
-    be in, from 0, under a rule that has groups; None leaves it to the server. Raises NetworkError where nobody answers
-    within `connect_timeout_s`, Refused where the server says no, UsageError for a model that cannot be exchanged.
+    be in, from 0, under a rule that has groups; None leaves it to the server. `machine`: where this runs, for
+    simulators. Raises NetworkError where nobody answers within `connect_timeout_s`, Refused where the server says no,
+    UsageError for a model that cannot be exchanged.
     """
-    return Session(address, model, optimizer, name=name, group=group, connect_timeout_s=connect_timeout_s)
+    return Session(
+        address, model, optimizer, name=name, group=group, connect_timeout_s=connect_timeout_s, machine=machine
+    )
 
 
 @dataclass(slots=True)
@@ -128,8 +125,8 @@ class Session:
         name: str | None = None,
         group: int | None = None,
         connect_timeout_s: float = 30.0,
+        machine: Machine | None = None,
     ) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if name is not None and not 0 < len(name) <= NAME_CHARACTERS:
             raise UsageError(f"A worker's name has 1 to {NAME_CHARACTERS} characters, not {len(name)}.")
         self._address = address
@@ -164,17 +161,18 @@ class Session:
         self.finished = False
         self.steps = 0
         self.exchanges = Exchanges()
+        machine = machine or Machine.this()
         self._core = WorkerCore(
-            name=name or f"{socket.gethostname()}-{os.getpid()}",
-            instance=secrets.token_hex(8),
+            name=name or f"{machine.host}-{machine.process}",
+            instance=machine.instance,
             library=LIBRARY,
             layout=self._layout,
             optimizer=_facts(optimizer),
-            host=socket.gethostname(),
+            host=machine.host,
             group=group,
         )
         self._binding.gather(self._x)
-        self._driver = Driver(self._core, address)
+        self._driver = machine.carry(self._core, address)
         try:
             self._join(connect_timeout_s)
         except BaseException:
@@ -318,7 +316,7 @@ class Session:
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Push what is not pushed yet and wait until it is settled; False where that did not succeed in time."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self._driver.now() + timeout_s
         if self._rule.schedules:  # this worker's parameters are its own, and pushed only when they are asked for
             return True
         while not self.finished and (self._in_flight is not None or self._progress.steps):
@@ -327,7 +325,7 @@ class Session:
                 self._wait_until_settled()
             if self._in_flight is None and not self._away and not self._reanchoring:
                 self._push()
-            left = deadline - time.monotonic()
+            left = deadline - self._driver.now()
             if left <= 0:
                 return False
             self._take(self._driver.news(min(left, 0.1)))
@@ -355,11 +353,11 @@ class Session:
     # Joining
 
     def _join(self, connect_timeout_s: float) -> None:
-        started, told = time.monotonic(), False
+        started, told = self._driver.now(), False
         while self._reanchoring or self._base == NOWHERE or (self._rule.schedules and self._order is None):
             news = self._driver.news(0.5)
             self._take(news)
-            waited = time.monotonic() - started
+            waited = self._driver.now() - started
             if self._core.membership.token == "":
                 if waited > connect_timeout_s:
                     raise NetworkError(
@@ -636,14 +634,14 @@ class Session:
         if self._in_flight is None:
             self.exchanges.hidden += self._overlap
             return
-        started = time.monotonic()
+        started = self._driver.now()
         self._wait(lambda: self._in_flight is None or self._away or self.finished, None, "the exchange")
-        self.exchanges.stalled_s += time.monotonic() - started
+        self.exchanges.stalled_s += self._driver.now() - started
 
     def _wait(self, done: Any, timeout_s: float | None, what: str) -> None:
-        started, told = time.monotonic(), False
+        started, told = self._driver.now(), False
         while not done():
-            waited = time.monotonic() - started
+            waited = self._driver.now() - started
             if timeout_s is not None and waited >= timeout_s:
                 return
             if waited > PATIENCE_S and not told:
@@ -655,8 +653,8 @@ class Session:
 
     def _part(self, reason: str, *, timeout_s: float) -> None:
         self._driver.post(core.Leave(reason))
-        deadline = time.monotonic() + timeout_s
-        while not self._left and (left := deadline - time.monotonic()) > 0:
+        deadline = self._driver.now() + timeout_s
+        while not self._left and (left := deadline - self._driver.now()) > 0:
             news = self._driver.news(left)
             if isinstance(news, core.Left):
                 break
