@@ -1,16 +1,16 @@
 """The command line: words become settings, settings become work, errors become a sentence and an exit code.
 
-    paramserver serve | worker | launch | status | rules | codecs | tasks | replay
+    paramserver serve | worker | launch | simulate | status | rules | codecs | tasks | replay
 
 Laws
 * Nothing is decided here: settings are made by `common.config`, their flags by `deploy.options`, a run on one machine
-  by `deploy.local`, and what a person sees by `deploy.screens`.
+  by `deploy.local`, one in virtual time by `deploy.simulation`, and what a person sees by `deploy.screens`.
 * `--help` reads no settings and no torch: what a command needs is imported when it runs.
 * Every ParamserverError becomes `error: sentence` and `fix: what to do` on stderr and the exit code of its owner; no
   other module turns an error into an exit code. Results go to stdout, what happens meanwhile to stderr.
 * Imports go one way: `cli` sees the others of `deploy`, and none of them sees `cli`.
 
-Left out: `top`, `simulate`, `checkpoint`, `keygen` and `doctor`.
+Left out: `top`, `checkpoint`, `keygen` and `doctor`.
 """
 
 from __future__ import annotations
@@ -198,6 +198,64 @@ def launch(
     voice = Voice()
     results = local.launch(made, voice.console, voice.say)
     console().print(closing_table(results))
+    typer.echo(f"Report: {results['report']}")
+
+
+@takes_settings(
+    app,
+    "ServerSettings",
+    only=(
+        *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
+        *("lag_weight", "lag_exponent", "max_lag", "beyond_max_lag", "max_clock_gap", "buffers", "lease_s"),
+        *("budget_updates", "budget_samples", "budget_s", "checkpoint_interval_s"),
+    ),
+)
+def simulate(
+    workers: int = typer.Option(4, min=1, max=10_000, metavar="N", help="simulated workers"),
+    task: str = typer.Option("digits", metavar="TASK", help="a built-in task, or FILE.py:FUNCTION"),
+    data: Path | None = DATA,
+    optimizer: str = OPTIMIZER,
+    compute: str = typer.Option("normal:100ms,10ms", metavar="DIST", help="time of one optimizer step"),
+    network: str = typer.Option("lognormal:1ms,0.5", metavar="DIST", help="time of one message, one way"),
+    bandwidth: float = typer.Option(0.0, min=0.0, metavar="MB/S", help="of each worker, each way; 0: no limit"),
+    server_bandwidth: float = typer.Option(0.0, min=0.0, metavar="MB/S", help="of the server, each way; 0: no limit"),
+    stragglers: str = typer.Option("", metavar="COUNT:FACTOR", help="slow workers, such as 1:4,10%:2"),
+    faults: str = typer.Option(
+        "", metavar="NAME=VALUE", help="loss, duplicate, reorder (shares); cuts, worker_crashes, server_crashes (times)"
+    ),
+    evaluations: int = typer.Option(20, min=1, max=10_000, metavar="N", help="looks at the center"),
+    no_solo: bool = typer.Option(False, "--no-solo", metavar="", help="train no lone worker to compare with"),
+    check: bool = typer.Option(False, "--check", metavar="", help="check every invariant after every event; slow"),
+    as_json: bool = JSON,
+    config: Path | None = CONFIG,
+    **flags: Any,
+) -> None:
+    """Run a server and its workers in virtual time, in one process, and report: one seed, one result, bit for bit."""
+    loaded = load("ServerSettings", config, flags)
+    from deploy import plan, simulation
+    from deploy.simulation import scenario
+
+    found = scenario.make(
+        workers=workers,
+        compute=compute,
+        network=network,
+        bandwidth_mb_s=bandwidth,
+        server_bandwidth_mb_s=server_bandwidth,
+        stragglers=stragglers,
+        faults=faults,
+        evaluations=evaluations,
+        check=check,
+    )
+    made = plan.make(loaded, task=task, workers=workers, data=data, optimizer=optimizer, solo=not no_solo, threads=1)
+    exit_on_signals()
+    voice = Voice()
+    results = simulation.simulate(made, found, voice.console, voice.say)
+    if as_json:
+        keys = ("updates", "samples", "seconds", "center_loss", "center_accuracy", "center_sha256", "report")
+        typer.echo(json.dumps({key: results[key] for key in keys}))
+        return
+    console().print(closing_table(results))
+    typer.echo(f"SHA-256 of the center: {results['center_sha256']}")
     typer.echo(f"Report: {results['report']}")
 
 

@@ -17,19 +17,16 @@ Left out: other machines (`paramserver worker` joins from there), and what the f
 
 from __future__ import annotations
 
-import platform
-from contextlib import suppress
-from importlib import metadata
 from typing import Any
 
 from rich.console import Console
 
-from common import config
 from common.errors import ParamserverError
 from deploy import report
 from deploy.plan import Plan
 from deploy.run import Run, read
 from deploy.screens import Say, watch
+from deploy.summary import summary
 
 
 def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
@@ -63,39 +60,8 @@ def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
 
 
 def _summary(plan: Plan, run: Run, solo: dict[str, Any], end: int | str) -> dict[str, Any]:
-    settings, status, curve, rows = plan.server.settings, run.status, run.center.curve, run.rows()
-    last = curve[-1] if curve else {"loss": None, "accuracy": None}
-    return {
-        "task": plan.task,
-        "rule": settings.rule,
-        "settings": [row._asdict() for row in config.describe(plan.server)],
-        "seeds": {"server": plan.seed, "weights": plan.seed}
-        | {row["name"]: plan.seed_of(number) for number, row in enumerate(rows)},
-        "versions": _versions(),
-        "started": run.started,
-        "seconds": status["elapsed_s"],
-        "updates": status["updates"],
-        "samples": status["samples"],
-        "samples_per_s": status["samples"] / status["elapsed_s"] if status["elapsed_s"] else None,
-        "workers": rows,
-        "center_accuracy": last["accuracy"],
-        "center_loss": last["loss"],
-        "curve": curve,
-        "solo_accuracy": solo.get("accuracy"),
-        "solo_loss": solo.get("loss"),
-        "solo_curve": solo.get("curve", []),
-        "solo": {name: value for name, value in solo.items() if name != "curve"},
-        "exit": end,
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("paramserver", "torch", "numpy", "numba", "pyzmq")
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in names:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    curve, rows = run.center.curve, run.rows()
+    return summary(plan, status=run.status, rows=rows, curve=curve, solo=solo, started=run.started, end=end)
 
 
 def _sentence(text: str) -> str:

@@ -24,6 +24,7 @@ import torch
 
 from common.errors import NetworkError, Refused
 from worker import loop, observer, tasks
+from worker.driver import Machine
 from worker.tasks import Context, Task
 
 LOOK_S, ANSWER_S = 0.5, 5.0
@@ -37,9 +38,10 @@ SOLO_POINTS = 25
 class Center:
     """The server's center, looked at again and again: how good it is on data that nobody trains on."""
 
-    def __init__(self, task: Task, say: Callable[[str, str], None]) -> None:
+    def __init__(self, task: Task, say: Callable[[str, str], None], *, machine: Machine | None = None) -> None:
         self._task = task
         self._say = say
+        self._machine = machine
         self._observer: observer.Observer | None = None
         self._due_s = 0.0
         self.evaluates = True
@@ -55,7 +57,9 @@ class Center:
         used_s = time.thread_time()
         try:
             if self._observer is None:
-                self._observer = observer.Observer(address, self._task.model, name="launcher")
+                self._observer = observer.Observer(
+                    address, self._task.model, name="launcher", machine=self._machine
+                )
             self._observer.fetch(ANSWER_S)
             found = self._task.evaluate(self._task.model)
         except NetworkError:

@@ -28,6 +28,8 @@ UPDATES_PER_WORKER = 150
 """Budget where none is given."""
 
 
+SPARE_SESSIONS = 8
+"""For those who look, and those who come back under another name."""
 LEASE_S = 8.0
 """On one machine a worker that says nothing for so long is dead or stopped: rounds need not wait longer."""
 
@@ -92,6 +94,7 @@ def make(
     data: Path | None = None,
     optimizer: str = "",
     solo: bool = True,
+    threads: int | None = None,
 ) -> Plan:
     """Fill in what was not given; raises ConfigError where the task, a device or a setting is not there."""
     devices = _devices(workers, per_gpu)
@@ -100,7 +103,7 @@ def make(
             f"There is no inner optimizer '{optimizer}'{discovery.nearest(optimizer, OPTIMIZERS)}.",
             fix=f"There are: {', '.join(OPTIMIZERS)}.",
         )
-    threads = max(1, len(os.sched_getaffinity(0)) // len(devices))
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
     torch.set_num_threads(1)
     context = Context(0, loaded.settings.seed, "launcher", torch.device(devices[0]), data, optimizer)
     center = tasks.load(task).make(context)
@@ -110,6 +113,8 @@ def make(
     if settings.budget_updates is settings.budget_samples is settings.budget_s is None:
         chosen["budget_updates"] = UPDATES_PER_WORKER * len(devices)
     chosen["workers"] = len(devices)
+    if loaded.origins["max_sessions"] == "default" and len(devices) >= settings.max_sessions:
+        chosen["max_sessions"] = len(devices) + SPARE_SESSIONS
     if loaded.origins["lease_s"] == "default":
         chosen["lease_s"] = LEASE_S
     if settings.directory is None:

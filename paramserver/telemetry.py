@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +22,8 @@ BUFFER_LINES = 256
 class RunLog:
     """Appends to `run.jsonl` in `directory`, or does nothing where there is none."""
 
-    def __init__(self, directory: Path | None, limit_bytes: int) -> None:
+    def __init__(self, directory: Path | None, limit_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
         self._path = directory / FILE if directory else None
         self._limit_bytes = limit_bytes
         self._lines: list[str] = []
@@ -32,7 +34,9 @@ class RunLog:
         """One line; it reaches the file with the next flush, or when enough have gathered."""
         if self._file is None:
             return
-        plain = {"time": round(time.time(), 6), "kind": kind} | {name: _finite(value) for name, value in values.items()}
+        plain = {"time": round(self._clock(), 6), "kind": kind} | {
+            name: _finite(value) for name, value in values.items()
+        }
         self._lines.append(json.dumps(plain))
         if len(self._lines) >= BUFFER_LINES:
             self.flush()

@@ -59,10 +59,6 @@ class Carrier(ABC):
     def close(self, timeout_s: float) -> None:
         """Wait until nothing is carried any more: soon after the core has ended."""
 
-    @abstractmethod
-    def now(self) -> float:
-        """Seconds, of which only differences mean anything."""
-
     def push(
         self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None, fragment: int = 0
     ) -> None:
@@ -92,6 +88,10 @@ class Machine:
     process: int
     instance: str
     carry: Callable[[WorkerCore, str], Carrier]
+    now: Callable[[], float] = time.monotonic
+    """Seconds, of which only differences mean anything."""
+    prepare: Callable[[Any], None] = lambda task: None
+    """prepare(task): called by the training loop before it joins."""
 
     @classmethod
     def this(cls) -> Self:
@@ -139,10 +139,6 @@ class Driver(Carrier):
     def close(self, timeout_s: float) -> None:
         """Wait for the thread, which ends when the core has."""
         self._thread.join(timeout_s)
-
-    def now(self) -> float:
-        """Monotonic seconds."""
-        return time.monotonic()
 
     def _run(self) -> None:
         try:

@@ -25,6 +25,7 @@ import torch
 from common.config import WorkerSettings
 from common.errors import ConfigError
 from worker import tasks, trainer
+from worker.driver import Machine
 from worker.tasks import Context, Task
 from worker.trainer import Exchanges, Session
 
@@ -60,17 +61,20 @@ def run(
     data: Path | None = None,
     threads: int | None = None,
     on_step: OnStep | None = None,
+    machine: Machine | None = None,
 ) -> WorkerReport:
     """Train `settings.task` at `settings.address` until the server's budget is used up.
 
     model_seed: start of the initial weights, the same for all workers of a run; data: folder of data sets; threads:
-    those of torch's kernels. Raises ConfigError for a task or device that is not there, and what `worker.join` raises.
+    those of torch's kernels; machine: where this runs, for simulators. Raises ConfigError for a task or device that is not there, and what `worker.join` raises.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     optimizer = "" if settings.optimizer == "task" else settings.optimizer
     context = Context(settings.seed, model_seed, settings.name or "worker", _device(settings.device), data, optimizer)
     task = tasks.load(settings.task).make(context)
+    machine = machine or Machine.this()
+    machine.prepare(task)
     _seed(settings.seed)
     name, timeout_s = settings.name, settings.connect_timeout_s
     with trainer.join(
@@ -80,18 +84,21 @@ def run(
         name=name,
         group=settings.group,
         connect_timeout_s=timeout_s,
+        machine=machine,
     ) as session:
-        trained = train(task, session, on_step=on_step)
+        trained = train(task, session, on_step=on_step, now=machine.now)
     return WorkerReport(**asdict(trained), name=session.name, exchanges=session.exchanges)
 
 
-def train(task: Task, session: Session | Alone, *, on_step: OnStep | None = None) -> Trained:
-    """Train until the session is finished; raises ConfigError where the task has no data."""
+def train(
+    task: Task, session: Session | Alone, *, on_step: OnStep | None = None, now: Callable[[], float] = time.monotonic
+) -> Trained:
+    """Train until the session is finished; raises ConfigError where the task has no data. now(): seconds."""
     task.model.train()
     batches = forever(task.batches)
     steps = samples = 0
     loss = torch.tensor(float("nan"))
-    started = time.monotonic()
+    started = now()
     while not session.finished:
         batch = next(batches)
         task.optimizer.zero_grad()
@@ -102,8 +109,8 @@ def train(task: Task, session: Session | Alone, *, on_step: OnStep | None = None
         session.step(loss, size)
         steps, samples = steps + 1, samples + size
         if on_step is not None:
-            on_step(steps, loss, samples / (time.monotonic() - started), session)
-    seconds = time.monotonic() - started
+            on_step(steps, loss, samples / max(now() - started, 1e-9), session)
+    seconds = max(now() - started, 1e-9)
     return Trained(steps, samples, seconds, samples / seconds if steps else 0.0, float(loss))
 
 

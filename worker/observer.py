@@ -27,6 +27,7 @@ class Observer:
         self, address: str, model: torch.nn.Module, *, name: str = "observer", machine: Machine | None = None
     ) -> None:
         machine = machine or Machine.this()
+        self._now = machine.now
         self._address = address
         self._layout = layout_of(model)
         self._binding = Binding(model, self._layout)
@@ -49,8 +50,8 @@ class Observer:
         where the model is not the server's.
         """
         self._driver.post(PullWanted("evaluate"))
-        deadline = self._driver.now() + timeout_s
-        while (left := deadline - self._driver.now()) > 0:
+        deadline = self._now() + timeout_s
+        while (left := deadline - self._now()) > 0:
             match self._driver.news(left):
                 case core.Fetched(base=version, values=values):
                     self._binding.scatter(values)

@@ -39,6 +39,7 @@ from common.rules.base import OptimizerFacts
 from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.core import PullWanted, WorkerCore
+from worker.diversity import Gradients, Meter
 from worker.driver import Machine
 
 NAME_CHARACTERS = 64
@@ -158,10 +159,12 @@ class Session:
         self._pulled: core.Fetched | None = None
         self._loss = 0.0
         self._samples = 0
+        self._meter = Meter(model.parameters())
         self.finished = False
         self.steps = 0
         self.exchanges = Exchanges()
         machine = machine or Machine.this()
+        self._now = machine.now
         self._core = WorkerCore(
             name=name or f"{machine.host}-{machine.process}",
             instance=machine.instance,
@@ -218,7 +221,11 @@ class Session:
             self._loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
             self._progress.add(Progress(1, samples, self._loss))
             self._samples += samples
-            self._driver.post(core.Progress(self.steps, self._samples, self._loss))
+            self._meter.stepped(self.steps, samples)
+            diversity = self._meter.take() if self._rule.schedules else None
+            self._driver.post(core.Progress(self.steps, self._samples, self._loss, diversity=diversity))
+        else:
+            self._meter.skipped()
         self._take_news()
         if self._in_flight is not None and 0 < self._delay <= self.steps - self._in_flight.at_step:
             self._wait_until_settled()
@@ -226,6 +233,45 @@ class Session:
             self._obey()
         elif self._progress.steps >= self._rule.local_steps(self._config, self._local_steps, self._done):
             self._exchange()
+
+    # Gradient diversity
+
+    @property
+    def measures(self) -> bool:
+        """Whether the step to come is one in which gradient diversity is measured."""
+        return self._meter.due and not self._left
+
+    def split(
+        self, loss_a: torch.Tensor, loss_b: torch.Tensor, *, samples: tuple[int, int] | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        """Call in place of `loss.backward()`, with the mean losses of the two halves of the batch; returns the mean loss
+        of the batch, () without graph.
+
+        Now and then it measures gradient diversity on the way. The losses may share a graph. samples: of each half,
+        where they differ; without, both hold half of what `step` is told. scale: that of a GradScaler
+        (`scaler.get_scale()`), which the gradients are multiplied by. Raises UsageError for a half without samples.
+        """
+        return self._meter.split(loss_a, loss_b, samples, scale)
+
+    def micro_batch(self, samples: int, *, scale: float = 1.0) -> None:
+        """Call after each backward pass where a step gathers the gradients of several micro-batches of one size.
+
+        samples: those of the micro-batch. The gradients are empty, or zero, when a step begins. scale: as in `split`.
+        """
+        self._meter.micro_batch(samples, scale)
+
+    def measure(self, loss_a: torch.Tensor, loss_b: torch.Tensor, samples: tuple[int, int]) -> None:
+        """Measure gradient diversity with the mean losses of two halves of a batch, and touch no gradient.
+
+        For whoever leaves its own backward pass as it is; only worth its time where `measures` says so.
+        """
+        self._meter.measure(loss_a, loss_b, samples)
+
+    def measure_gradients(self, g_a: Gradients, g_b: Gradients, samples: tuple[int, int]) -> None:
+        """The same with mean gradients that are there already, one for each trainable parameter."""
+        self._meter.gradients(g_a, g_b, samples)
+
+    # Exchanges when they are due
 
     @property
     def _delay(self) -> int:
@@ -316,7 +362,7 @@ class Session:
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Push what is not pushed yet and wait until it is settled; False where that did not succeed in time."""
-        deadline = self._driver.now() + timeout_s
+        deadline = self._now() + timeout_s
         if self._rule.schedules:  # this worker's parameters are its own, and pushed only when they are asked for
             return True
         while not self.finished and (self._in_flight is not None or self._progress.steps):
@@ -325,7 +371,7 @@ class Session:
                 self._wait_until_settled()
             if self._in_flight is None and not self._away and not self._reanchoring:
                 self._push()
-            left = deadline - self._driver.now()
+            left = deadline - self._now()
             if left <= 0:
                 return False
             self._take(self._driver.news(min(left, 0.1)))
@@ -353,11 +399,11 @@ class Session:
     # Joining
 
     def _join(self, connect_timeout_s: float) -> None:
-        started, told = self._driver.now(), False
+        started, told = self._now(), False
         while self._reanchoring or self._base == NOWHERE or (self._rule.schedules and self._order is None):
             news = self._driver.news(0.5)
             self._take(news)
-            waited = self._driver.now() - started
+            waited = self._now() - started
             if self._core.membership.token == "":
                 if waited > connect_timeout_s:
                     raise NetworkError(
@@ -378,6 +424,7 @@ class Session:
         self._rule = rules.load(str(settings["rule"]))
         self._config = rules.configure(self._rule, joined.welcome.rule_settings)
         self._local_steps = int(settings["local_steps"])
+        self._meter.every_steps = int(settings["diversity_every_steps"])
         self._overlap = bool(settings["overlap"])
         self._average_buffers = settings["buffers"] == "average"
         fragments = self._rule.fragments(self._config)
@@ -410,7 +457,8 @@ class Session:
         self._in_flight = _InFlight(self._x, progress, part, self.steps)
         self._x, self._spare = self._spare, self._x
         mean_loss = progress.loss_sum / max(progress.steps, 1)
-        scalars = Scalars(mean_loss, progress.samples, progress.steps, float(self._optimizer.param_groups[0]["lr"]))
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        scalars = Scalars(mean_loss, progress.samples, progress.steps, lr, self._meter.take())
         outlived, self._outlived = self._outlived, None
         try:
             self._driver.push(delta, up, self._update[: up.bytes], scalars, self._base, outlived, self._fragment)
@@ -634,14 +682,14 @@ class Session:
         if self._in_flight is None:
             self.exchanges.hidden += self._overlap
             return
-        started = self._driver.now()
+        started = self._now()
         self._wait(lambda: self._in_flight is None or self._away or self.finished, None, "the exchange")
-        self.exchanges.stalled_s += self._driver.now() - started
+        self.exchanges.stalled_s += self._now() - started
 
     def _wait(self, done: Any, timeout_s: float | None, what: str) -> None:
-        started, told = self._driver.now(), False
+        started, told = self._now(), False
         while not done():
-            waited = self._driver.now() - started
+            waited = self._now() - started
             if timeout_s is not None and waited >= timeout_s:
                 return
             if waited > PATIENCE_S and not told:
@@ -653,8 +701,8 @@ class Session:
 
     def _part(self, reason: str, *, timeout_s: float) -> None:
         self._driver.post(core.Leave(reason))
-        deadline = self._driver.now() + timeout_s
-        while not self._left and (left := deadline - self._driver.now()) > 0:
+        deadline = self._now() + timeout_s
+        while not self._left and (left := deadline - self._now()) > 0:
             news = self._driver.news(left)
             if isinstance(news, core.Left):
                 break

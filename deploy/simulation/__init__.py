@@ -1,0 +1,123 @@
+"""A whole run in virtual time: real gradients, the real server and workers, a made-up cluster, in one process.
+
+    found = simulation.simulate(plan.make(loaded, task="mnist", workers=100, ...), scenario.make(...), console, say)
+
+    DIRECTORY/                      what a live run leaves there: checkpoints, run log, report.json, report.html
+
+Laws
+* One seed, one run, bit for bit: the SHA-256 of the center says so.
+* The report is that of a live run; its seconds are virtual. What is made up stands in it as `simulated`.
+* Imports go one way: `cluster` sees `server`, `carrier`, `fibers` and `scenario`, which see none of the others.
+
+Left out: simulating on several cores, and GPUs: all workers compute in turn, on the devices of the plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+
+from common.errors import ParamserverError, StateError
+from deploy import measure, report
+from deploy.plan import Plan
+from deploy.run import read
+from deploy.screens import Say, watch
+from deploy.simulation.cluster import Cluster
+from deploy.simulation.scenario import Scenario
+from deploy.summary import summary
+from paramserver import checkpoint
+
+__all__ = ["Cluster", "Scenario", "simulate"]
+
+
+def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict[str, Any]:
+    """Run it all and write the report; returns what report.json holds, and its path as `report`.
+
+    Raises ParamserverError where training diverged, every worker failed, or the cluster came to a stand; StateError
+    for a directory in which something was trained before.
+    """
+    _expect_nothing(plan)
+    logging.getLogger("paramserver.worker").addHandler(logging.NullHandler())  # workers' warnings are the scenario
+    cluster = Cluster(plan, scenario, lambda level, sentence: None)
+    started, solo = time.monotonic(), dict[str, Any]()
+    end: int | str = 0
+    try:
+        with watch(console, say, plan.server.settings.budget_updates) as screen:
+            cluster.run(screen)
+        say("info", f"{_words(cluster, time.monotonic() - started)}")
+        steps = round(sum(row["steps"] for row in cluster.rows()) / len(plan.devices)) if plan.solo else 0
+        if steps:
+            say("info", f"One worker alone trains for {steps:,} steps, to compare.")
+            solo = _alone(plan, scenario, steps)
+    except ParamserverError as error:
+        end = error.sentence
+        raise
+    finally:
+        if cluster.status.get("updates"):
+            path, page = report.write(plan.directory, _summary(plan, scenario, cluster, solo, end, started))
+            if end:
+                say("info", f"What was done until then: {page}")
+    return read(path) | {"report": str(page)}
+
+
+def _summary(
+    plan: Plan, scenario: Scenario, cluster: Cluster, solo: dict[str, Any], end: int | str, started: float
+) -> dict[str, Any]:
+    found = summary(
+        plan, status=cluster.status, rows=cluster.rows(), curve=cluster.center.curve, solo=solo, started=0.0, end=end
+    )
+    made_up = {
+        **scenario.words,
+        "crashes": cluster.crashes,
+        "real_seconds": round(time.monotonic() - started, 3),
+        "events": cluster.world.events,
+    }
+    return found | {"simulated": made_up, "center_sha256": cluster.sha256}
+
+
+def _alone(plan: Plan, scenario: Scenario, steps: int) -> dict[str, Any]:
+    """The lone worker's figures, its time as virtual as that of the others."""
+    found = measure.train_alone(
+        plan.task,
+        steps,
+        device=plan.devices[0],
+        seed=plan.seed,
+        model_seed=plan.seed,
+        data=plan.data,
+        threads=plan.threads,
+        optimizer=plan.optimizer,
+    )
+    step_s = scenario.compute.mean_s
+    found["seconds"] = seconds = found["steps"] * step_s
+    found["samples_per_s"] = found["samples"] / seconds
+    for point in found["curve"]:
+        point["time_s"] = round(point["updates"] * step_s, 3)
+    return found
+
+
+def _expect_nothing(plan: Plan) -> None:
+    if plan.directory.is_dir() and checkpoint.checkpoints(plan.directory):
+        raise StateError(
+            f"{plan.directory} holds checkpoints of an earlier run, and a simulation begins at nothing.",
+            fix="Choose another --directory, or leave it out.",
+        )
+
+
+def _words(cluster: Cluster, real_s: float) -> str:
+    faults = ", ".join(f"{count} {kind}{'s' if count != 1 else ''}" for kind, count in _faults(cluster) if count)
+    return (
+        f"{cluster.world.now:,.0f} s passed in {real_s:,.1f} s, {cluster.world.events:,} events"
+        f"{f'; {faults}' if faults else ''}."
+    )
+
+
+def _faults(cluster: Cluster) -> list[tuple[str, int]]:
+    crashes = cluster.crashes
+    return [
+        ("broken connection", crashes["cut"]),
+        ("worker crash", crashes["worker"]),
+        ("server crash", crashes["server"]),
+    ]

@@ -1,0 +1,78 @@
+"""Carries a session in virtual time: in place of the thread and the socket of `worker.driver`.
+
+Laws
+* The session, its core and its messages are those of a real worker; only time and wire are made up.
+* A dead carrier carries nothing, and tells its session that it has left, as often as it asks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from common.node import Say, Send
+from common.simulator import Host, Link
+from deploy.simulation.fibers import Fiber
+from worker.core import Deliver, Dialled, Left, LinkLost, Redial, WorkerCore
+from worker.driver import Carrier
+
+Dial = Callable[[Host], Link]
+"""dial(host): a fresh connection to the server."""
+
+
+class SimulatedCarrier(Carrier):
+    """Carries one session, whose program runs on `fiber`."""
+
+    def __init__(
+        self, core: WorkerCore, fiber: Fiber, dial: Dial, say: Callable[[str, str], None], *, check: bool
+    ) -> None:
+        self._fiber, self._dial, self._say = fiber, dial, say
+        self._news: deque[Any] = deque()
+        self.host = Host(fiber.world, core, self._do, check=check)
+        self.link = dial(self.host)
+        self.host.handle(Dialled())
+
+    def post(self, event: Any) -> None:
+        """To the core, at once."""
+        self.host.handle(event)
+
+    def news(self, timeout_s: float | None = 0.0) -> Any | None:
+        """The next piece of news; meanwhile virtual time passes."""
+        if self.host.dead:
+            return Left()
+        if not self._news and timeout_s != 0.0:
+            self._fiber.wait(timeout_s)
+        return self._news.popleft() if self._news else None
+
+    def close(self, timeout_s: float) -> None:
+        """Nothing is left to wait for."""
+        self.link.open = False
+        self.host.die()
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self.host.world.now
+
+    def crash(self) -> None:
+        """As with kill -9 of the worker."""
+        self.link.open = False
+        self.host.die()
+
+    def cut(self) -> None:
+        """Break the connection."""
+        self.link.cut(LinkLost())
+
+    def _do(self, action: Any) -> None:
+        match action:
+            case Send(_, frames):
+                self.link.up(frames)
+            case Redial():
+                self.link.open = False
+                self.link = self._dial(self.host)
+                self.host.soon(Dialled())
+            case Deliver(news):
+                self._news.append(news)
+                self._fiber.wake()
+            case Say(level, sentence):
+                self._say(level, sentence)

@@ -1,0 +1,388 @@
+"""A cluster in virtual time: the real server, the real training loop in every worker, a made-up network between them.
+
+    cluster = Cluster(plan, scenario, say)
+    cluster.run(screen)                      until the budget is used up and everybody has left
+    cluster.status, cluster.rows(), cluster.center.curve, cluster.sha256
+
+Laws
+* One seed, one run: the same plan and scenario give the same center, bit for bit, however fast the machine is. (The
+  same versions of torch and numpy, and the same number of threads, are taken for granted.)
+* Gradients are real. How long a step takes is drawn; nothing of others reaches a worker but by its exchanges.
+* Each worker draws from sources of its own: more workers, or faults, do not change what one draws.
+
+Left out: what is reported (`deploy.simulation`), and several processes: all workers share one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from common import distributions
+from common.config import WorkerSettings
+from common.distributions import expovariate
+from common.errors import NetworkError, ParamserverError
+from common.layout import center_sha256
+from common.simulator import Conditions, Host, Link, Pipe, World
+from deploy.measure import Center
+from deploy.plan import Plan
+from deploy.screens import Say, Screen
+from deploy.simulation.carrier import SimulatedCarrier
+from deploy.simulation.fibers import Fiber
+from deploy.simulation.scenario import Scenario
+from deploy.simulation.server import Server
+from paramserver import daemon, status
+from worker import loop
+from worker.core import WorkerCore
+from worker.driver import Machine
+from worker.loop import OnStep, WorkerReport
+
+ADDRESS = "tcp://simulated:1"
+EVENTS_PER_LOOK = 64
+"""Between two looks at whether all is done, and at whether to show progress."""
+SHOW_S = 0.2
+"""Of real time, between two looks of the person who watches."""
+AWAY_S = (0.5, 2.0)
+"""A crashed server is away for so long, at least and at most; a crashed worker, too."""
+START_S = 1e-3
+"""Workers start so far apart."""
+STILL_LEASES, STILL_STEPS = 100, 1000
+"""So many leases and steps without anything new are a cluster that stands still."""
+LEAVE_LEASES = 4
+"""After the end, workers have so long to leave."""
+GONE = ("finished", "left")
+AT_ONCE = distributions.parse("0", "the watcher's network")
+
+
+class Ether:
+    """What lies between the machines of a cluster: its time, its sources of chance, its connections."""
+
+    def __init__(self, scenario: Scenario, seed: int, say: Say) -> None:
+        self.world, self.scenario, self.say = World(), scenario, say
+        self.links: dict[bytes, Link] = {}
+        self.server: Callable[[], Host | None] = lambda: None
+        self._seed = seed
+        self._shared = Pipe(scenario.server_bytes_per_s), Pipe(scenario.server_bytes_per_s)
+        self._dialled = 0
+
+    def chance(self, *purpose: Any) -> random.Random:
+        """A source of random numbers for one purpose."""
+        return random.Random(f"{self._seed} {purpose}")
+
+    def dial(self, name: str, conditions: Conditions, chance: random.Random, host: Host) -> Link:
+        """A fresh connection, under a name that was never used; broken ones are forgotten."""
+        self._dialled += 1
+        peer = b"%s-%d" % (name.encode(), self._dialled)
+        link = Link(self.world, conditions, chance, host, self.server, peer, self._shared)
+        for broken in [key for key, one in self.links.items() if not one.open]:
+            del self.links[broken]
+        self.links[peer] = link
+        return link
+
+
+class Inhabitant:
+    """Whoever lives in a cluster with a session at its server: one program on one machine."""
+
+    def __init__(self, ether: Ether, name: str, number: int, life: int, conditions: Conditions) -> None:
+        self.name, self.life = name, life
+        self.error: Exception | None = None
+        self.carrier: SimulatedCarrier | None = None
+        self._ether = ether
+        chance = ether.chance("network", name, life)
+        self._dial = partial(ether.dial, name, conditions, chance)
+        self.fiber = Fiber(ether.world, self.live, number, self._ended)
+        self.machine = Machine(
+            host=f"host-{name}",
+            process=number,
+            instance=f"{name}-{life}",
+            carry=self._carry,
+            now=lambda: ether.world.now,
+            prepare=self.prepare,
+        )
+
+    def live(self) -> None:
+        """The program; it may wait."""
+        raise NotImplementedError
+
+    def prepare(self, task: Any) -> None:
+        """Called with its task, where the program trains one."""
+
+    @property
+    def over(self) -> bool:
+        return self.fiber.over
+
+    def crash(self) -> None:
+        """kill -9."""
+        if self.carrier is not None:
+            self.carrier.crash()
+        self.fiber.kill()
+
+    def _carry(self, core: WorkerCore, address: str) -> SimulatedCarrier:
+        say = self._ether.say
+        self.carrier = SimulatedCarrier(core, self.fiber, self._dial, say, check=self._ether.scenario.check)
+        return self.carrier
+
+    def _ended(self, error: Exception | None) -> None:
+        self.error = error
+        if self.carrier is not None:
+            self.carrier.crash()  # whatever it was: nothing of it stays
+
+
+class SimulatedWorker(Inhabitant):
+    """One life of one worker: the reference training loop, and the time that its steps take."""
+
+    def __init__(self, ether: Ether, plan: Plan, number: int, life: int, on_step: OnStep | None) -> None:
+        self._plan, self._number, self._on_step = plan, number, on_step
+        self.report: WorkerReport | None = None
+        super().__init__(ether, f"worker-{number}", number, life, ether.scenario.conditions)
+        self._chance = ether.chance("compute", number, life)
+        self._factor = ether.scenario.factors[number]
+
+    def live(self) -> None:
+        plan = self._plan
+        seed = plan.seed_of(self._number + len(plan.devices) * self.life)
+        device, optimizer = plan.devices[self._number], plan.optimizer or "task"
+        settings = WorkerSettings(
+            address=ADDRESS,
+            name=self.name,
+            task=plan.task,
+            device=device,
+            seed=seed,
+            optimizer=optimizer,
+            connect_timeout_s=86_400,
+        )
+        self.report = loop.run(
+            settings, model_seed=plan.seed, data=plan.data, on_step=self._on_step, machine=self.machine
+        )
+
+    def prepare(self, task: Any) -> None:
+        """Each optimizer step takes its time."""
+        task.optimizer.register_step_post_hook(lambda *_: self._compute())
+
+    def _compute(self) -> None:
+        self.fiber.sleep(self._factor * self._ether.scenario.compute.draw(self._chance))
+
+
+class Watcher(Inhabitant):
+    """Looks at the center when it is told to, over a network without delay or fault."""
+
+    def __init__(self, ether: Ether, plan: Plan, describe: Callable[[], dict[str, Any]]) -> None:
+        self._describe = describe
+        self.looks = 0
+        super().__init__(ether, "watcher", 0, 0, Conditions(AT_ONCE))
+        self.center = Center(plan.center, ether.say, machine=self.machine)
+
+    def live(self) -> None:
+        while True:
+            self.fiber.wait(None)
+            found = self._describe()
+            if found["version"] and self.center.evaluates:
+                self.center.look(ADDRESS, found, found["elapsed_s"])
+            self.looks += 1
+
+
+class Cluster:
+    """One server, its workers, and what befalls them. `on_step(number)` gives each worker what it calls per step."""
+
+    def __init__(
+        self, plan: Plan, scenario: Scenario, say: Say, *, on_step: Callable[[int], OnStep] | None = None
+    ) -> None:
+        torch.set_num_threads(plan.threads)
+        self._plan, self._scenario, self._on_step = plan, scenario, on_step
+        settings = plan.server.settings
+        daemon.warm(settings)
+        self._ether = ether = Ether(scenario, plan.seed, say)
+        self.world = ether.world
+        self.server = Server(ether.world, settings, ether.links, say, check=scenario.check)
+        ether.server = lambda: self.server.host
+        self.server.start()
+        self.workers: list[SimulatedWorker] = []
+        for number in range(len(plan.devices)):
+            self.world.after(number * START_S, partial(self._start_worker, number, 0))
+        self._watcher = Watcher(ether, plan, lambda: self.status)
+        self._status: dict[str, Any] = {}
+        self._looked = 0
+        self._news: tuple[Any, float] = (None, 0.0)
+        self.crashes = {"worker": 0, "server": 0, "cut": 0}
+        self.sha256 = ""
+        self._arrange_faults()
+
+    @property
+    def center(self) -> Center:
+        """Its curve: how good the center was over time."""
+        return self._watcher.center
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the server says of itself; while it is down, what it said last."""
+        if self.server.core is not None:
+            self._status = status.describe(self.server.core, self.world.now)
+        return self._status
+
+    def run(self, screen: Screen) -> None:
+        """Until the budget is used up and everybody has left; raises ParamserverError where it comes to no end."""
+        try:
+            self._train(screen)
+            self._leave()
+            trained_s = self.status["elapsed_s"]
+            self._finish()
+            self._status["elapsed_s"] = trained_s
+        finally:
+            for one in (*self.workers, self._watcher):
+                one.crash()
+            self.server.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What each worker did: what it said at its end, and what the server counted."""
+        counted = {row["name"]: row for row in self._status.get("workers", [])}
+        return [
+            {"device": self._plan.devices[number], "exit": 0 if worker.report else 1 if worker.error else None}
+            | (asdict(worker.report) if worker.report else {})
+            | counted.get(worker.name, {})
+            | {"name": worker.name}
+            for number, worker in enumerate(self.workers)
+        ]
+
+    # From the first to the last
+
+    def _train(self, screen: Screen) -> None:
+        shown_s = 0.0
+        while True:
+            self._step()
+            if self.world.events % EVENTS_PER_LOOK:
+                continue
+            core = self.server.core
+            if core is not None:
+                if core.state.diverged:
+                    raise ParamserverError(
+                        "Training diverged: the center is no longer finite.",
+                        fix="Lower the learning rate, or choose a rule that scales updates, such as gem.",
+                    )
+                if core.finished:
+                    break
+                self._look_if_due(core.state.budget.share(self.world.now))
+            self._expect_progress()
+            if time.monotonic() >= shown_s:
+                screen.show(self.status, self.center.curve)
+                shown_s = time.monotonic() + SHOW_S
+
+    def _leave(self) -> None:
+        """Let the workers say goodbye, and whoever does not hear it give up."""
+        end = self.world.now + LEAVE_LEASES * self._plan.server.settings.lease_s
+        end += STILL_STEPS * self._slowest_s / 100
+        while self.world.now < end and not all(worker.over for worker in self.workers):
+            self._step()
+
+    def _finish(self) -> None:
+        """A last look at the center, and the end of the server."""
+        while self.server.core is None or self.server.core.shard is None:
+            self._step()
+        looks = self._watcher.looks
+        self._watcher.fiber.wake()
+        while self._watcher.looks == looks and not self._watcher.over:
+            self._step()
+        self._status = self.status
+        shard = self.server.core.shard
+        self.sha256 = center_sha256(shard.center)
+        self._watcher.crash()
+        self.server.stop("the simulation ends")
+        while not self.server.exited:
+            self._step()
+
+    def _step(self) -> None:
+        if not self.world.step():
+            raise ParamserverError("Nothing is left to happen, and the budget is not used up.", fix="Report this.")
+
+    def _look_if_due(self, share: float) -> None:
+        """A point of the center's curve; evenly over the budget, the last one at the end."""
+        if share * self._scenario.evaluations >= self._looked + 1 and self._looked + 1 < self._scenario.evaluations:
+            self._looked += 1
+            self._watcher.fiber.wake()
+
+    # Workers
+
+    @property
+    def _slowest_s(self) -> float:
+        return max(self._scenario.factors) * self._scenario.compute.mean_s
+
+    def _start_worker(self, number: int, life: int) -> None:
+        on_step = self._on_step(number) if self._on_step is not None else None
+        worker = SimulatedWorker(self._ether, self._plan, number, life, on_step)
+        self.workers[number : number + 1] = [worker]
+
+    def _expect_progress(self) -> None:
+        """Raises where every worker failed, or nothing new comes for very long."""
+        if self.workers and all(worker.error for worker in self.workers):
+            error = self.workers[-1].error
+            assert error is not None
+            raise error
+        budget = self.server.core.state.budget if self.server.core is not None else None
+        news = (budget.updates, budget.samples) if budget else None
+        if news != self._news[0]:
+            self._news = news, self.world.now
+            return
+        still_s = STILL_LEASES * self._plan.server.settings.lease_s + STILL_STEPS * self._slowest_s
+        if self.world.now - self._news[1] > still_s:
+            waits = "; ".join(self.status.get("waiting_for", [])) or "the next update"
+            raise NetworkError(
+                f"The simulated cluster stands still since {self._news[1]:,.0f} s of its time: it waits for {waits}.",
+                fix="Make the faults rarer, or the network faster.",
+            )
+
+    # Faults
+
+    def _arrange_faults(self) -> None:
+        faults = self._scenario.faults
+        kinds = (
+            ("cut", faults.cuts, self._cut),
+            ("worker", faults.worker_crashes, self._crash_worker),
+            ("server", faults.server_crashes, self._crash_server),
+        )
+        for kind, every_s, befall in kinds:
+            if every_s is not None:
+                self._again_and_again(kind, every_s, befall)
+
+    def _again_and_again(self, kind: str, every_s: float, befall: Callable[[random.Random], bool]) -> None:
+        chance = self._ether.chance("faults", kind)
+
+        def happen() -> None:
+            if not (self.server.exited or (self.server.core is not None and self.server.core.finished)):
+                self.crashes[kind] += befall(chance)
+                self.world.after(expovariate(chance, every_s), happen)
+
+        self.world.after(expovariate(chance, every_s), happen)
+
+    def _cut(self, chance: random.Random) -> bool:
+        carriers = [worker.carrier for worker in self.workers if worker.carrier is not None and not worker.over]
+        if carriers:
+            chance.choice(carriers).cut()
+        return bool(carriers)
+
+    def _crash_worker(self, chance: random.Random) -> bool:
+        alive = [number for number, worker in enumerate(self.workers) if not worker.over]
+        if not alive:
+            return False
+        number = chance.choice(alive)
+        self.workers[number].crash()
+        life = self.workers[number].life + 1
+        self.world.after(chance.uniform(*AWAY_S), partial(self._start_worker, number, life))
+        return True
+
+    def _crash_server(self, chance: random.Random) -> bool:
+        if self.server.core is None:
+            return False
+        self._status = self.status
+        self.server.crash()
+        for worker in self.workers:
+            if worker.carrier is not None:
+                worker.carrier.cut()
+        if self._watcher.carrier is not None:
+            self._watcher.carrier.cut()
+        self.world.after(chance.uniform(*AWAY_S), self.server.start)
+        return True
