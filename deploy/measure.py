@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import NetworkError, Refused
-from worker import loop, observer, tasks
+from worker import loop, mechanisms, observer, tasks
 from worker.driver import Machine
 from worker.tasks import Context, Task
 
@@ -41,7 +42,7 @@ class Center:
     def __init__(self, task: Task, say: Callable[[str, str], None], *, machine: Machine | None = None) -> None:
         self._task = task
         self._say = say
-        self._machine = machine
+        self._machine = machine or Machine.this()
         self._observer: observer.Observer | None = None
         self._due_s = 0.0
         self.evaluates = True
@@ -61,7 +62,7 @@ class Center:
                     address, self._task.model, name="launcher", machine=self._machine
                 )
             self._observer.fetch(ANSWER_S)
-            found = self._task.evaluate(self._task.model)
+            found = self._machine.compute(lambda: self._task.evaluate(self._task.model), 0)
         except NetworkError:
             return
         except Refused as error:
@@ -91,11 +92,13 @@ def train_alone(
     data: Path | None,
     threads: int,
     optimizer: str = "",
+    mechanism: str = "",
 ) -> dict[str, Any]:
     """Train `task` for `steps` optimizer steps; returns its figures, the time of its evaluations not counted."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     made = tasks.load(task).make(Context(seed, model_seed, "alone", torch.device(device), data, optimizer))
+    made = replace(made, mechanism=mechanisms.parse(mechanism))
     curve: list[dict[str, Any]] = []
     samples, evaluating_s, started = 0, 0.0, time.monotonic()
 

@@ -90,8 +90,8 @@ class Machine:
     carry: Callable[[WorkerCore, str], Carrier]
     now: Callable[[], float] = time.monotonic
     """Seconds, of which only differences mean anything."""
-    prepare: Callable[[Any], None] = lambda task: None
-    """prepare(task): called by the training loop before it joins."""
+    compute: Callable[[Callable[[], Any], int], Any] = lambda work, steps: work()
+    """compute(work, steps): do the work of so many optimizer steps, which alone may be long and draw random numbers."""
 
     @classmethod
     def this(cls) -> Self:

@@ -16,11 +16,13 @@ Left out: what is reported (`deploy.simulation`), and several processes: all wor
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,14 +36,16 @@ from deploy.measure import Center
 from deploy.plan import Plan
 from deploy.screens import Say, Screen
 from deploy.simulation.carrier import SimulatedCarrier
-from deploy.simulation.fibers import Fiber
+from deploy.simulation.fibers import Draws, Fiber
 from deploy.simulation.scenario import Scenario
 from deploy.simulation.server import Server
 from paramserver import daemon, status
 from worker import loop
 from worker.core import WorkerCore
-from worker.driver import Machine
+from worker.driver import SWITCH_INTERVAL_S, Machine
 from worker.loop import OnStep, WorkerReport
+
+T = TypeVar("T")
 
 ADDRESS = "tcp://simulated:1"
 EVENTS_PER_LOOK = 64
@@ -65,6 +69,8 @@ class Ether:
 
     def __init__(self, scenario: Scenario, seed: int, say: Say) -> None:
         self.world, self.scenario, self.say = World(), scenario, say
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        """One, whatever the machine: random numbers belong to the process."""
         self.links: dict[bytes, Link] = {}
         self.server: Callable[[], Host | None] = lambda: None
         self._seed = seed
@@ -96,22 +102,28 @@ class Inhabitant:
         self._ether = ether
         chance = ether.chance("network", name, life)
         self._dial = partial(ether.dial, name, conditions, chance)
-        self.fiber = Fiber(ether.world, self.live, number, self._ended)
+        self._draws = Draws(number)
+        self.fiber = Fiber(ether.world, self.live, self._ended)
         self.machine = Machine(
             host=f"host-{name}",
             process=number,
             instance=f"{name}-{life}",
             carry=self._carry,
             now=lambda: ether.world.now,
-            prepare=self.prepare,
+            compute=self.compute,
         )
 
     def live(self) -> None:
         """The program; it may wait."""
         raise NotImplementedError
 
-    def prepare(self, task: Any) -> None:
-        """Called with its task, where the program trains one."""
+    def compute(self, work: Callable[[], T], steps: int) -> T:
+        """Do the work of so many optimizer steps; how long it takes is up to whoever lives here."""
+        return self.fiber.compute(self._ether.thread, self._draws, work, sum(self.step_s() for _ in range(steps)))
+
+    def step_s(self) -> float:
+        """Of one optimizer step, seconds."""
+        return 0.0
 
     @property
     def over(self) -> bool:
@@ -161,12 +173,8 @@ class SimulatedWorker(Inhabitant):
             settings, model_seed=plan.seed, data=plan.data, on_step=self._on_step, machine=self.machine
         )
 
-    def prepare(self, task: Any) -> None:
-        """Each optimizer step takes its time."""
-        task.optimizer.register_step_post_hook(lambda *_: self._compute())
-
-    def _compute(self) -> None:
-        self.fiber.sleep(self._factor * self._ether.scenario.compute.draw(self._chance))
+    def step_s(self) -> float:
+        return self._factor * self._ether.scenario.compute.draw(self._chance)
 
 
 class Watcher(Inhabitant):
@@ -193,11 +201,12 @@ class Cluster:
     def __init__(
         self, plan: Plan, scenario: Scenario, say: Say, *, on_step: Callable[[int], OnStep] | None = None
     ) -> None:
-        torch.set_num_threads(plan.threads)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._plan, self._scenario, self._on_step = plan, scenario, on_step
         settings = plan.server.settings
         daemon.warm(settings)
         self._ether = ether = Ether(scenario, plan.seed, say)
+        ether.thread.submit(torch.set_num_threads, plan.threads).result()
         self.world = ether.world
         self.server = Server(ether.world, settings, ether.links, say, check=scenario.check)
         ether.server = lambda: self.server.host
@@ -234,9 +243,14 @@ class Cluster:
             self._finish()
             self._status["elapsed_s"] = trained_s
         finally:
-            for one in (*self.workers, self._watcher):
-                one.crash()
-            self.server.close()
+            self.close()
+
+    def close(self) -> None:
+        """Leave nothing running."""
+        for one in (*self.workers, self._watcher):
+            one.crash()
+        self._ether.thread.shutdown(cancel_futures=True)
+        self.server.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """What each worker did: what it said at its end, and what the server counted."""

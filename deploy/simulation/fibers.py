@@ -1,12 +1,16 @@
-"""Programs that wait in virtual time: each on a stack of its own, one at a time, with random numbers of its own.
+"""Programs that wait in virtual time, each on a stack of its own; and the thread that computes for all of them.
 
-    fiber = Fiber(world, program, seed)     program() runs when the world comes to it
-    fiber.sleep(0.1)                        in it: let so much virtual time pass
-    fiber.wait(5.0)                         in it: until somebody calls `fiber.wake()`, or for so long
+    fiber = Fiber(world, program, ended)     program() runs when the world comes to it
+    fiber.sleep(0.1)                         in it: let so much virtual time pass
+    fiber.wait(5.0)                          in it: until somebody calls `fiber.wake()`, or for so long
+    fiber.compute(pool, draws, work, 0.1)    in it: work() on the thread, while so much virtual time passes
 
 Laws
 * A fiber runs until it waits; nothing else happens meanwhile, and no virtual time passes.
-* Each fiber finds the random numbers of Python, numpy and torch as it left them: what others draw does not disturb it.
+* What is computed depends on nothing that happens meanwhile. So the thread may run ahead of virtual time, and the
+  result is the same as if it did not.
+* Each `Draws` finds the random numbers of Python, numpy and torch as it left them: what others draw does not disturb
+  it. Only computed work may draw; one thread does all of it, for these sources belong to the process.
 * A fiber that is killed is left through its `finally` blocks, and they cannot wait any more.
 
 So a training loop that knows nothing of simulators runs in one, unchanged.
@@ -16,8 +20,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import greenlet
 import numpy as np
@@ -25,24 +30,51 @@ import torch
 
 from common.simulator import World
 
+T = TypeVar("T")
+
 
 class Killed(greenlet.GreenletExit):
     """Raised in a fiber that is killed, where it waits."""
 
 
+class Draws:
+    """The random numbers of one program: of Python, numpy and torch, as it left them.
+
+    One exception: numpy makes legacy normal numbers in pairs, and forgets the second where others drew in between.
+    """
+
+    _in_place: Draws | None = None
+    """Whose are the process's own now."""
+
+    def __init__(self, seed: int) -> None:
+        self._python = random.Random(seed).getstate()
+        self._numpy = np.random.MT19937(seed)
+        self._torch = torch.Generator().manual_seed(seed).get_state()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """work(), with these random numbers. On the computing thread."""
+        if Draws._in_place is not self:
+            if Draws._in_place is not None:
+                Draws._in_place._put_aside()
+            random.setstate(self._python)
+            np.random.set_bit_generator(self._numpy)
+            torch.set_rng_state(self._torch)
+            Draws._in_place = self
+        return work()
+
+    def _put_aside(self) -> None:
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+
+
 class Fiber:
     """One program. `ended(error)` is called when it is over: None, or what it raised; not where it was killed."""
 
-    _running: Fiber | None = None
-    """Whose random numbers are in place."""
-
     def __init__(
-        self, world: World, program: Callable[[], None], seed: int, ended: Callable[[Exception | None], None]
+        self, world: World, program: Callable[[], None], ended: Callable[[Exception | None], None]
     ) -> None:
         self.world = world
         self._program = program
         self._ended = ended
-        self._draws: tuple[Any, ...] = _draws_of(seed)
         self._stack = greenlet.greenlet(self._run)
         self._waiting = 0
         """Counts waits; 0 while it runs."""
@@ -70,6 +102,14 @@ class Fiber:
             self.world.after(timeout_s, partial(self._end_wait, waiting))
         self._leave()
 
+    def compute(self, pool: Executor, draws: Draws, work: Callable[[], T], seconds: float) -> T:
+        """work() on the thread of `pool`, while so much virtual time passes; what it returns or raises."""
+        self._expect_alive()
+        future = pool.submit(draws.run, work)
+        self.sleep(seconds)
+        result: T = future.result()
+        return result
+
     def wake(self) -> None:
         """End its wait, as the next thing that happens; while it does not wait, nothing."""
         if self._waiting:
@@ -80,7 +120,7 @@ class Fiber:
         if not self.over:
             self.killed = True
             if self._stack.gr_frame is not None:  # else it never started
-                self._switch(partial(self._stack.throw, Killed))
+                self._stack.throw(Killed)
 
     def _run(self) -> None:
         error: Exception | None = None
@@ -100,15 +140,7 @@ class Fiber:
 
     def _resume(self) -> None:
         if not self.over:
-            self._switch(self._stack.switch)
-
-    def _switch(self, go: Callable[[], Any]) -> None:
-        if Fiber._running is not self:
-            if Fiber._running is not None:
-                Fiber._running._draws = _draws_now()
-            _draw_from(self._draws)
-            Fiber._running = self
-        go()
+            self._stack.switch()
 
     def _leave(self) -> None:
         self._stack.parent.switch()
@@ -116,24 +148,3 @@ class Fiber:
     def _expect_alive(self) -> None:
         if self.killed:
             raise Killed
-
-
-def _draws_now() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _draw_from(states: tuple[Any, ...]) -> None:
-    python, numpy, torchs = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(torchs)
-
-
-def _draws_of(seed: int) -> tuple[Any, ...]:
-    before = _draws_now()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    states = _draws_now()
-    _draw_from(before)
-    return states
