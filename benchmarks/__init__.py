@@ -8,7 +8,7 @@ from __future__ import annotations
 from benchmarks.harness import Benchmark
 from common import discovery
 
-HELPERS = ("harness",)
+HELPERS = ("harness", "simulated")
 
 
 def names() -> tuple[str, ...]:

@@ -50,8 +50,7 @@ from worker.core import (
     Settled,
     WorkerCore,
 )
-from worker.driver import Driver
-from worker.trainer import SWITCH_INTERVAL_S
+from worker.driver import SWITCH_INTERVAL_S, Driver
 
 MB = 1_000_000
 START, STEP = 0.5, 1.0

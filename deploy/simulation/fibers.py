@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import greenlet
 import numpy as np
@@ -69,9 +69,7 @@ class Draws:
 class Fiber:
     """One program. `ended(error)` is called when it is over: None, or what it raised; not where it was killed."""
 
-    def __init__(
-        self, world: World, program: Callable[[], None], ended: Callable[[Exception | None], None]
-    ) -> None:
+    def __init__(self, world: World, program: Callable[[], None], ended: Callable[[Exception | None], None]) -> None:
         self.world = world
         self._program = program
         self._ended = ended
