@@ -141,8 +141,9 @@ class ServerSettings(Settings):
     codec: CodecName = Field(default="fp32", description="encoding of updates, worker to server")
     reply_codec: CodecName = Field(default="fp32", description="encoding of the center, server to worker")
     local_steps: int = Field(default=1, ge=1, le=1_000_000, description="optimizer steps a worker takes between pushes")
-    local_steps_by_speed: bool = Field(
-        default=False, description="slower workers take fewer steps, so that all push equally often"
+    local_steps_by: Literal["fixed", "speed", "diversity"] = Field(
+        default="fixed",
+        description="all of them; fewer for slower workers; as many as the gradients' diversity carries",
     )
     overlap: bool = Field(default=False, description="workers train on while an exchange is under way")
     workers: int | None = Field(default=None, ge=1, le=65_536, description="workers that are expected")
@@ -161,6 +162,15 @@ class ServerSettings(Settings):
     buffers: Literal["auto", "average", "leader", "local"] = Field(
         default="auto", description="running means and the like: averaged, the last pushed, left to each worker"
     )
+    diversity_every_steps: int = Field(
+        default=80, ge=0, le=1_000_000, description="steps between measurements of gradient diversity; 0: none"
+    )
+    diversity_horizon_measurements: int = Field(
+        default=50, ge=1, le=1_000_000, description="measurements of gradient diversity that are averaged over"
+    )
+    diversity_delta: float = Field(
+        default=1, gt=0, le=1000, description="workers help while samples in flight are at most delta B_S + 1"
+    )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="start of every random choice of the server")
     # when it ends
     budget_updates: int | None = Field(default=None, ge=1, description="end after this many applied updates")
@@ -178,6 +188,12 @@ class ServerSettings(Settings):
     keep_checkpoints: int = Field(default=3, ge=1, le=10_000, description="latest checkpoints to keep")
     max_log_mib: int = Field(
         default=256, ge=1, le=1_048_576, description="size of the run log; the oldest part goes first"
+    )
+    arrivals: bool = Field(
+        default=False, description="record in the directory all that arrives, for `paramserver replay --log`"
+    )
+    max_arrivals_mib: int = Field(
+        default=1024, ge=1, le=1_048_576, description="size of all such records; when it is reached, recording ends"
     )
     adopt: bool = Field(default=False, description="let a returning worker refill a server that lost its state")
     allow_fresh: bool = Field(default=False, description="start anew when every checkpoint is corrupt")
@@ -257,9 +273,9 @@ class ServerSettings(Settings):
                 f"lag_weight '{known['lag_weight']}' does not go with rule '{rule.name}', whose updates have no lag.",
                 fix="Leave it out, or choose a rule that applies updates as they come.",
             )
-        if rule.schedules and (known["max_lag"] is not None or known["local_steps_by_speed"]):
+        if rule.schedules and (known["max_lag"] is not None or known["local_steps_by"] != "fixed"):
             raise _no(
-                f"Rule '{rule.name}' says itself when workers train: without max_lag and local_steps_by_speed.",
+                f"Rule '{rule.name}' says itself when workers train: without max_lag and local_steps_by.",
                 fix="Leave them out.",
             )
         held = rule.rounds or rule.private or rule.schedules
@@ -267,6 +283,16 @@ class ServerSettings(Settings):
             raise _no(
                 f"max_clock_gap {value} does not go with rule '{rule.name}', which has its own way to wait.",
                 fix="Leave it out, or choose a rule that answers with the center at once, such as downpour.",
+            )
+        return value
+
+    @field_validator("diversity_every_steps")
+    @classmethod
+    def _is_measured(cls, value: int, info: ValidationInfo) -> int:
+        if value == 0 and info.data.get("local_steps_by") == "diversity":
+            raise _no(
+                "local_steps_by 'diversity' needs what diversity_every_steps 0 does not measure.",
+                fix="Measure every so many steps, or set local_steps_by to fixed or speed.",
             )
         return value
 
@@ -307,6 +333,11 @@ class WorkerSettings(Settings):
     group: int | None = Field(default=None, ge=0, le=1024, description="group to be in, under a rule that has groups")
     optimizer: Literal["task", "sgd", "nesterov", "adamw"] = Field(
         default="task", description="inner optimizer of a built-in task, or its own choice"
+    )
+    mechanism: str | None = Field(
+        default=None,
+        max_length=64,
+        description="on the gradient of each sample: dropconnect:P, langevin:SIGMA, quantise",
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="start of every random choice of the worker")
     connect_timeout_s: float = Field(

@@ -19,6 +19,9 @@ import json
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.errors import Code, PeerError
 
 Kind = Literal["parameter", "buffer", "local"]
@@ -119,6 +122,11 @@ class Layout(NamedTuple):
                 fix="Raise `max_elements`.",
             )
         return layout
+
+
+def center_sha256(center: NDArray[np.float32]) -> str:
+    """SHA-256 of a whole vector, (elements,) as little-endian float32: equal exactly where every bit is."""
+    return hashlib.sha256(np.ascontiguousarray(center, "<f4").data).hexdigest()
 
 
 def order(tensor: Tensor) -> int:

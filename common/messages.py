@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of this protocol. A peer with another is refused with a sentence, before anything else is read."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -101,6 +101,17 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Diversity:
+    """What a worker measured of its gradients since it last told: means over `measurements` pairs of half batches."""
+
+    gradient: float
+    """Estimate of |G|^2, G the mean gradient; may be negative."""
+    noise: float
+    """Estimate of tr(Sigma), Sigma the covariance of one sample's gradient."""
+    measurements: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scalars:
     """What rides on a push beside the tensor."""
 
@@ -110,6 +121,8 @@ class Scalars:
     steps: int
     """Optimizer steps since the last push (H)."""
     lr: float
+    diversity: Diversity | None = None
+    """None: nothing was measured since the last push."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +270,8 @@ class Report:
     samples: int
     loss: float
     orders: int
+    diversity: Diversity | None = None
+    """Of the last step; None: it was not measured."""
 
 
 @dataclass(frozen=True, slots=True)

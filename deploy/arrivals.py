@@ -1,13 +1,12 @@
-"""A server's recorded lives, lived again: the same events at the same times lead to the same center, or it is told where
-they no longer do.
+"""A server's recorded lives, lived again: the same events lead to the same center, or it is told where they do not.
 
     for life in replay(Path("state")): ...         what `paramserver replay --log state` prints
 
 Laws
 * What is driven is the server's own core; this file decides and computes nothing. After each event its invariants are
   checked, and what left it is compared with what left the live one.
-* A life goes on from the checkpoint that the live one went on from: as an earlier life saves it here again or, where the
-  log of that one is missing, as the directory still holds it. Whichever it is must be the same to the last bit.
+* A life goes on from the checkpoint that the live one went on from: as an earlier life saves it here again or, where
+  the log of that one is missing, as the directory still holds it. It must be the same to the last bit.
 * A life in which something is not as it was is the last one that is lived.
 
 Left out: workers, sockets, files and the clock; all that they did is in the log (`paramserver.arrivals`).
@@ -64,6 +63,8 @@ class Life:
     end: str = ""
     """How the log ends."""
     note: str = ""
+    reached: bool = False
+    """Whether it came to the version that was asked for."""
 
     @property
     def verdict(self) -> str:
@@ -76,20 +77,24 @@ class Life:
 
 
 def replay(directory: Path, to: str = "") -> Iterator[Life]:
-    """Each life in order, until one goes apart or version `to` is reached (`EPOCH.VERSION`, or the first to have VERSION).
+    """Each life in order, until one goes apart or comes to version `to`: EPOCH.VERSION, or VERSION of any.
 
     Raises ConfigError, and StateError where a log or a checkpoint that is needed is missing or corrupt.
     """
     wanted = _wanted(to)
     logs = _logs(directory)
     lives = {epoch: begin for epoch, path in logs.items() if (begin := _begin(path)) is not None}
+    if not lives:
+        raise StateError(
+            f"No log in {directory} holds a whole record.", fix="The server was killed too early: try again."
+        )
     kept: Kept = {}
     for epoch, begin in lives.items():
         later = [other.recovered for number, other in lives.items() if number > epoch and other.recovered is not None]
         kept = {version: recovered for version, recovered in kept.items() if version in (begin.recovered, *later)}
         life = _Again(begin, _checkpoint(directory, begin, kept), kept, later).live(logs[epoch], wanted)
         yield life
-        if life.apart or (wanted is not None and _reached(wanted, Version(*map(int, life.version.split("."))))):
+        if life.apart or life.reached:
             return
     if wanted is not None:
         raise ConfigError(f"No recorded life reaches version {to}.", fix="Replay without --to to see how far they go.")
@@ -220,13 +225,13 @@ class _Again:
             self._expect_checkpoint()
             for record in _records(path):
                 match record:
-                    case Arrival(event, now):
-                        started = now if started is None else started
-                        life.seconds = now - started
+                    case Arrival():
+                        started = record.now if started is None else started
+                        life.seconds = record.now - started
                         life.events += 1
                         self._enter(record)
                         if wanted is not None and _reached(wanted, core.version):
-                            life.end = f"stopped at version {core.version}, as told."
+                            life.reached, life.end = True, f"stopped at version {core.version}, as told."
                             break
                     case Stopped(sentence):
                         life.end = f"recording stopped: {sentence}"
@@ -243,31 +248,13 @@ class _Again:
 
     def _enter(self, arrival: Arrival) -> None:
         """One event; raises _ApartError where it leads to something else than it did."""
-        event, number = arrival.event, self._life.events
-        place = f"event {number:,}, {self._described(event)}"
-        self._tokens.extend(arrival.tokens)
-        raised = ""
-        actions: list[Any] = []
+        event, job = arrival.event, self._core.order.current
         try:
-            if isinstance(event, JobDone):
-                event = self._work(event)
-            actions = enter(self._core, event, arrival.now)
-            self._core.validate()
+            actions = self._led_to(arrival)
         except _ApartError as error:
-            raise _ApartError(f"{place}: {error}") from None
-        except Exception as error:
-            raised = type(error).__name__
-            if raised != arrival.raised:
-                raise _ApartError(f"{place}: {raised}: {error}") from error
-        if raised != arrival.raised:
-            raise _ApartError(f"{place}: the live server failed here with {arrival.raised}, and it does not now.")
-        if self._tokens:
-            raise _ApartError(f"{place}: the live server began a session here, and it does not now.")
-        if not raised and left_of(actions) != arrival.left:
-            left = ", ".join(map(_named, actions)) or "nothing"
-            raise _ApartError(
-                f"{place}, version {self._core.version}: it led to something else than in the live run; here: {left}."
-            )
+            what = f"the end of a job ({job.name})" if isinstance(event, JobDone) and job else self._described(event)
+            place = f"event {self._life.events:,} of life {self._begin.epoch}, {what}, at version {self._core.version}"
+            raise _ApartError(f"{place}: {error}") from error.__cause__
         for action in actions:
             match action:
                 case Run():
@@ -275,6 +262,28 @@ class _Again:
                 case Save(version, arrays, record) if version in self._later:
                     copies = {name: array.copy() for name, array in arrays.items()}
                     self._kept[version] = Recovered(copies, as_read(record))
+
+    def _led_to(self, arrival: Arrival) -> list[Any]:
+        """What shall be done after an event, as it was in the live run; raises _ApartError."""
+        event, raised, actions = arrival.event, "", list[Any]()
+        self._tokens.extend(arrival.tokens)
+        try:
+            actions = enter(self._core, self._work(event) if isinstance(event, JobDone) else event, arrival.now)
+            self._core.validate()
+        except _ApartError:
+            raise
+        except Exception as error:
+            raised = type(error).__name__
+            if raised != arrival.raised:
+                raise _ApartError(f"{raised}: {error}") from error
+        if raised != arrival.raised:
+            raise _ApartError(f"the live server failed here with {arrival.raised}, and it does not now.")
+        if self._tokens:
+            raise _ApartError("the live server began a session here, and it does not now.")
+        if not raised and left_of(actions) != arrival.left:
+            left = ", ".join(map(_named, actions)) or "nothing"
+            raise _ApartError(f"it led to something else than in the live run; here: {left}.")
+        return actions
 
     def _work(self, event: JobDone) -> JobDone:
         """Run the job that is done, cut as it was: the arrays it reads belong to it alone until now."""
@@ -291,32 +300,29 @@ class _Again:
 
     def _described(self, event: Any) -> str:
         """An event for a person."""
-        if isinstance(event, JobDone):
-            job = self._core.order.current
-            return f"the end of a job ({job.name})" if job is not None else "the end of a job"
         if not isinstance(event, Received):
-            return f"{type(event).__name__}"
+            return type(event).__name__
         try:
             message = decode(event.frames)
         except ParamserverError:
             return "a malformed message"
-        session = self._core.sessions.get(getattr(message, "session", ""))
+        session = self._core.sessions.get(getattr(getattr(message, "begin", message), "session", ""))
         return f"{type(message).__name__} of {session.worker if session else 'somebody new'}"
 
     def _expect_checkpoint(self) -> None:
         if (recovered := self._recovered) is None:
             return
         if fingerprint(recovered.arrays, recovered.record) != self._begin.fingerprint:
-            raise _ApartError(
-                f"its start: checkpoint {self._begin.recovered}, from which it goes on, is saved otherwise here than live."
-            )
+            which = f"checkpoint {self._begin.recovered}, from which it goes on"
+            raise _ApartError(f"the start of life {self._begin.epoch}: {which}, is not the same here as it was.")
 
     def _expect_end(self, end: End) -> None:
         life, shard = self._life, self._core.shard
         life.live_version, life.live_sha256 = str(end.version), end.sha256
         life.end = "the server stopped."
         if (end.version, end.sha256) != (self._core.version, center_sha256(shard.center) if shard else ""):
-            raise _ApartError("the end: every event led to the same, and the center is another.")
+            what = "every event led to what it had led to, and yet the center is another one."
+            raise _ApartError(f"the end of life {self._begin.epoch}: {what}")
 
 
 def _named(action: Any) -> str:

@@ -90,6 +90,12 @@ OPTIMIZER = typer.Option(
     help="inner optimizer of a built-in task (default: its own choice)",
     show_default=False,
 )
+MECHANISM = typer.Option(
+    "",
+    metavar="NAME:VALUE",
+    help="done to the gradient of each sample: dropconnect:P, langevin:SIGMA, quantise",
+    show_default=False,
+)
 MODEL_SEED = typer.Option(0, metavar="N", help="start of the initial weights, the same for all workers of a run")
 
 
@@ -130,7 +136,9 @@ def serve(
 
 
 @takes_settings(
-    app, "WorkerSettings", only=("name", "task", "device", "group", "optimizer", "seed", "connect_timeout_s")
+    app,
+    "WorkerSettings",
+    only=("name", "task", "device", "group", "optimizer", "mechanism", "seed", "connect_timeout_s"),
 )
 def worker(
     address: str | None = typer.Argument(None, help="the server's, from its join line", show_default=False),
@@ -174,7 +182,8 @@ def worker(
     "ServerSettings",
     only=(
         *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
-        *("budget_updates", "budget_samples", "budget_s"),
+        *("local_steps_by", "diversity_every_steps", "diversity_delta"),
+        *("budget_updates", "budget_samples", "budget_s", "arrivals", "max_arrivals_mib"),
     ),
 )
 def launch(
@@ -183,6 +192,7 @@ def launch(
     per_gpu: int | None = typer.Option(None, min=1, metavar="N", help="so many workers on each visible CUDA device"),
     data: Path | None = DATA,
     optimizer: str = OPTIMIZER,
+    mechanism: str = MECHANISM,
     no_solo: bool = typer.Option(False, "--no-solo", metavar="", help="train no lone worker to compare with"),
     config: Path | None = CONFIG,
     **flags: Any,
@@ -192,7 +202,14 @@ def launch(
     from deploy import local, plan
 
     made = plan.make(
-        loaded, task=task, workers=workers, per_gpu=per_gpu, data=data, optimizer=optimizer, solo=not no_solo
+        loaded,
+        task=task,
+        workers=workers,
+        per_gpu=per_gpu,
+        data=data,
+        optimizer=optimizer,
+        mechanism=mechanism,
+        solo=not no_solo,
     )
     exit_on_signals()
     voice = Voice()
@@ -207,6 +224,7 @@ def launch(
     only=(
         *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("lag_weight", "lag_exponent", "max_lag", "beyond_max_lag", "max_clock_gap", "buffers", "lease_s"),
+        *("local_steps_by", "diversity_every_steps", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "checkpoint_interval_s"),
     ),
 )
@@ -269,6 +287,7 @@ def alone(
     model_seed: int = MODEL_SEED,
     data: Path | None = DATA,
     optimizer: str = OPTIMIZER,
+    mechanism: str = MECHANISM,
     threads: int = typer.Option(1, min=1, metavar="N"),
     die_with_parent: int | None = PARENT,
 ) -> None:
@@ -286,6 +305,7 @@ def alone(
         data=data,
         threads=threads,
         optimizer=optimizer,
+        mechanism=mechanism,
     )
     _write(report, json.dumps(found, indent=1))
 
@@ -379,13 +399,37 @@ def tasks(as_json: bool = JSON) -> None:
 
 @app.command()
 def replay(
-    file: str = typer.Argument(metavar="FILE", help="JSON: a rule, a center and a script; - reads standard input"),
+    file: str | None = typer.Argument(
+        None, metavar="[FILE]", help="JSON: a rule, a center and a script; - reads standard input", show_default=False
+    ),
+    log: Path | None = typer.Option(None, metavar="DIRECTORY", help="live a server's recorded arrivals again"),
+    to: str = typer.Option("", metavar="VERSION", help="stop there, with --log", show_default=False),
+    as_json: bool = JSON,
 ) -> None:
-    """Check a rule by hand: what each update of a script does, as one line of JSON each."""
-    from deploy import replay as by_hand
+    """Check a rule by hand, with one line of JSON for each update of a script; or a run recorded with --arrivals."""
+    if (file is None) == (log is None):
+        fix = "`paramserver replay FILE` checks a rule by hand, `paramserver replay --log DIRECTORY` a recorded run."
+        raise ConfigError("Give either a script or the directory of a recorded run.", fix=fix)
+    if file is not None:
+        if to or as_json:
+            raise ConfigError("--to and --json go with --log.", fix="A script is replayed whole, and as JSON.")
+        from deploy import replay as by_hand
 
-    for line in by_hand.replay(by_hand.read(file)):
-        typer.echo(line)
+        for line in by_hand.replay(by_hand.read(file)):
+            typer.echo(line)
+        return
+    assert log is not None
+    from deploy import arrivals
+
+    lives = []
+    for life in arrivals.replay(log, to):
+        lives.append(life)
+        if not as_json:
+            typer.echo("\n".join(arrivals.lines(life)))
+    if as_json:
+        typer.echo(json.dumps(arrivals.summary(log, lives)))
+    if lives[-1].apart:
+        raise typer.Exit(1)
 
 
 def main() -> None:

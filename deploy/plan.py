@@ -21,7 +21,7 @@ import torch
 from common import config, discovery
 from common.config import Loaded, ServerSettings
 from common.errors import ConfigError
-from worker import tasks
+from worker import mechanisms, tasks
 from worker.tasks import OPTIMIZERS, Context, Task
 
 UPDATES_PER_WORKER = 150
@@ -47,6 +47,8 @@ class Plan:
     data: Path | None
     optimizer: str
     """Inner optimizer of the task; "": its own choice."""
+    mechanism: str
+    """What is done to the gradient of each sample; "": nothing."""
     solo: bool
     center: Task
     """To look at the center with."""
@@ -82,6 +84,7 @@ class Plan:
             f"--threads={self.threads}",
             *([f"--data={self.data}"] if self.data else []),
             *([f"--optimizer={self.optimizer}"] if self.optimizer else []),
+            *([f"--mechanism={self.mechanism}"] if self.mechanism else []),
         ]
 
 
@@ -93,6 +96,7 @@ def make(
     per_gpu: int | None = None,
     data: Path | None = None,
     optimizer: str = "",
+    mechanism: str = "",
     solo: bool = True,
     threads: int | None = None,
 ) -> Plan:
@@ -106,7 +110,11 @@ def make(
     threads = threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
     torch.set_num_threads(1)
     context = Context(0, loaded.settings.seed, "launcher", torch.device(devices[0]), data, optimizer)
+    changes = mechanisms.parse(mechanism)
     center = tasks.load(task).make(context)
+    if changes is not None:
+        center.model.train()
+        mechanisms.per_example(center.model, center.loss, next(iter(center.batches)))
     settings, chosen = loaded.settings, dict[str, Any]()
     if loaded.origins["bind"] == "default":
         chosen["bind"] = ("tcp://127.0.0.1:0",)
@@ -123,7 +131,7 @@ def make(
     settings = ServerSettings.model_validate(given | chosen)
     assert settings.directory is not None
     server = Loaded(settings, {**loaded.origins, **dict.fromkeys(chosen, "launch")})
-    return Plan(server, task, devices, threads, settings.directory, data, optimizer, solo, center)
+    return Plan(server, task, devices, threads, settings.directory, data, optimizer, mechanism, solo, center)
 
 
 def words_of(settings: ServerSettings) -> list[str]:

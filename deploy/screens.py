@@ -209,7 +209,9 @@ def list_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def status_view(address: str, found: Mapping[str, Any]) -> RenderableType:
     """A server's answer: what it is doing, its workers, and what it waits for."""
-    rule = f"{found['rule']}, {found['local_steps']} local steps, {found['codec']} up and {found['reply_codec']} down"
+    by = "" if found["local_steps_by"] == "fixed" else f" by {found['local_steps_by']}"
+    codecs = f"{found['codec']} up and {found['reply_codec']} down"
+    rule = f"{found['rule']}, {found['local_steps']} local steps{by}, {codecs}"
     durable = "none" if found["durable"] == "0.0" else found["durable"]
     lines = [
         f"[bold]{escape(address)}[/]: {escape(found['phase'])}"
@@ -218,6 +220,7 @@ def status_view(address: str, found: Mapping[str, Any]) -> RenderableType:
         f"version {found['epoch']}.{found['version']}, on the disk {durable}; {found['updates']:,} updates "
         f"({found['updates_per_s']:,.1f}/s), {found['samples']:,} samples ({found['samples_per_s']:,.0f}/s), "
         f"{100 * found['budget_used']:.0f} % of the budget",
+        escape(found["diversity"]["sentence"]),
     ]
     columns = (
         "worker",

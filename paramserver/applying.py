@@ -204,6 +204,8 @@ class Applying:
         state.budget.samples += 0 if reported else facts.samples
         self._rates.add(state.now, 0 if reported else facts.samples)
         self._log(session, facts, weight, bytes_down)
+        if push.transfer.scalars is not None:
+            self._deciding.measured(push.transfer.scalars.diversity, facts.steps)
         if not all(results):
             self._deciding.diverge(session.worker)
             uplink.give(slot)

@@ -224,6 +224,21 @@ def read(path: Path) -> Loaded:
         return Loaded(arrays, manifest["record"], Version(*manifest["version"]), path)
 
 
+def as_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that `save` was given, as `read` gives it back: lists for tuples, keys as texts and in order."""
+    read_back: dict[str, Any] = json.loads(_canonical(json.loads(_canonical(dict(record)))))
+    return read_back
+
+
+def fingerprint(arrays: Mapping[str, F32], record: Mapping[str, Any]) -> str:
+    """Equal exactly for two checkpoints of which every bit is equal; the order of arrays and keys does not matter."""
+    hasher = xxhash.xxh3_64(_canonical(as_read(record)).encode())
+    for name, array in sorted(arrays.items()):
+        hasher.update(f"{name} {array.size}".encode())
+        hasher.update(np.ascontiguousarray(array, "<f4").data)
+    return hasher.hexdigest()
+
+
 def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, after all sizes and hashes were found to be as it says; raises as `read`."""
     with _judged(path):

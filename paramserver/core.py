@@ -316,6 +316,7 @@ class ServerCore:
         self.state.budget.updates += steps
         self.state.budget.samples += samples
         self.rates.add_samples(self.state.now, samples)
+        self.deciding.measured(report.diversity if steps else None, steps)
         order = session.order
         if order is not None and report.orders < order.id and (order.connection != session.connection or not steps):
             session.order = replace(order, connection=session.connection)

@@ -23,16 +23,18 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from common import rules, transports
+from common import LIBRARY, rules, transports
 from common.codecs.base import BLOCK_ELEMENTS
 from common.config import ServerSettings
-from common.errors import KernelError, ParamserverError, PeerError, StateError
-from common.layout import Layout, Tensor
+from common.errors import ConfigError, KernelError, ParamserverError, PeerError, StateError
+from common.layout import Layout, Tensor, center_sha256
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
 from common.rules.base import Facts, Member, reply_to
-from paramserver.checkpoint import Directory
+from paramserver.arrivals import Begin, End, Started, Stopped
+from paramserver.checkpoint import Directory, Loaded, fingerprint
 from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
 from paramserver.kernel_pool import KernelPool
+from paramserver.recorder import Recorder, Unrecorded
 from paramserver.shard import CENTER, Shard, Work
 from paramserver.telemetry import RunLog
 
@@ -54,11 +56,16 @@ class Daemon:
     """One server process. `run` returns when it has stopped; an error ends it with the owner's exit code."""
 
     def __init__(self, settings: ServerSettings, announce: Announce, ready: Callable[[str], None]) -> None:
+        if settings.arrivals and settings.directory is None:
+            sentence = "What arrives is recorded in the server's directory, and it has none."
+            raise ConfigError(sentence, fix="Give it a --directory, or leave --arrivals out.")
         self._settings = settings
         self._announce = announce
         self._ready = ready
         self._failure: BaseException | None = None
         self._core: ServerCore | None = None
+        self._recorder: Recorder | Unrecorded = Unrecorded()
+        self._exited = False
 
     def run(self) -> None:
         """Serve until told to stop."""
@@ -79,13 +86,16 @@ class Daemon:
         self._pool = KernelPool(threads, self._job_done, self._job_failed)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         try:
-            epoch, recovered = self._recover(directory)
+            epoch, loaded = self._recover(directory)
             self._log = RunLog(directory.path if directory else None, settings.max_log_mib << 20)
             self._directory = directory
             warm(settings)
-            self._core = ServerCore(settings, epoch=epoch, token=lambda: secrets.token_hex(12), recovered=recovered)
+            recovered = Recovered(dict(loaded.arrays), dict(loaded.record)) if loaded else None
+            self._core = ServerCore(settings, epoch=epoch, token=self._token, recovered=recovered)
             self._endpoint = endpoint = transports.listen(settings.bind)
-            self._do(self._core.start(time.monotonic()))
+            if settings.arrivals and directory is not None:
+                self._recorder = self._record(directory, epoch, loaded)
+            self._do(self._recorder.enter(self._core, Started(), time.monotonic()))
             self._timer: asyncio.TimerHandle | None = None
             self._timer_due = 0.0
             self._release_timer: asyncio.TimerHandle | None = None
@@ -98,6 +108,7 @@ class Daemon:
         finally:
             self._pool.close()
             self._writer.shutdown(wait=True)
+            self._recorder.close(self._last_record)
             if endpoint is not None:
                 await asyncio.sleep(0.05)  # let the last goodbyes leave
                 endpoint.close()
@@ -108,13 +119,29 @@ class Daemon:
         if self._failure is not None:
             raise self._failure
 
-    def _recover(self, directory: Directory | None) -> tuple[int, Recovered | None]:
+    def _recover(self, directory: Directory | None) -> tuple[int, Loaded | None]:
         if directory is None:
             return 1, None
         loaded = directory.load(allow_fresh=self._settings.allow_fresh)
         epoch = directory.next_epoch()
         self._pass_on_warnings(directory)
-        return epoch, Recovered(dict(loaded.arrays), dict(loaded.record)) if loaded else None
+        return epoch, loaded
+
+    def _record(self, directory: Directory, epoch: int, loaded: Loaded | None) -> Recorder | Unrecorded:
+        """The log of what arrives from now on."""
+        version, mark = (loaded.version, fingerprint(loaded.arrays, loaded.record)) if loaded else (None, "")
+        begin = Begin(LIBRARY, epoch, self._settings.model_dump(mode="json"), version, mark)
+        return Recorder.open(directory.path, begin, self._settings.max_arrivals_mib << 20, self._announce)
+
+    def _last_record(self) -> End | Stopped:
+        """How this life ended, for the log of arrivals; no kernel runs any more."""
+        if not self._exited or self._core is None:
+            return Stopped(f"the server failed: {self._failure or 'it could not start'}")
+        shard = self._core.shard
+        return End(self._core.version, center_sha256(shard.center) if shard else "")
+
+    def _token(self) -> str:
+        return self._recorder.drew(secrets.token_hex(12))
 
     def _pass_on_warnings(self, directory: Directory) -> None:
         warnings, directory.warnings[:] = list(directory.warnings), []
@@ -128,7 +155,7 @@ class Daemon:
         if self._stopped.is_set() or self._core is None:
             return
         try:
-            self._do(self._core.handle(event, time.monotonic()))
+            self._do(self._recorder.enter(self._core, event, time.monotonic()))
         except Exception as error:
             self._fail(error)
             return
@@ -146,6 +173,7 @@ class Daemon:
     def _tick(self) -> None:
         self._timer = None
         self._log.flush()
+        self._recorder.flush()
         self._handle(Tick())
 
     def _readable(self) -> None:
@@ -210,14 +238,16 @@ class Daemon:
                         self._loop.call_soon(self._handle, Unsendable(peer, refusal))
                 case Run():
                     if (done := self._run(action)) and self._core is not None:
-                        self._do(self._core.handle(done, time.monotonic()))
+                        self._do(self._recorder.enter(self._core, done, time.monotonic()))
                 case Record(kind, values):
                     self._log.write(kind, values)
                 case Say(level, sentence):
                     self._announce(level, sentence)
                 case Save():
+                    self._recorder.flush()
                     self._writer.submit(self._save, action)
                 case Exit():
+                    self._exited = True
                     self._stopped.set()
 
     def _run(self, job: Run) -> JobDone | None:
@@ -233,6 +263,7 @@ class Daemon:
         """On the writer's thread."""
         assert self._directory is not None
         event: Saved | SaveFailed
+        self._recorder.settle()
         try:
             seconds = self._directory.save(save.version, save.arrays, save.record, keep=self._settings.keep_checkpoints)
             event = Saved(save.version, seconds)

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 from common.errors import Code, ConfigError, PeerError
-from common.messages import Order
+from common.messages import Diversity, Order
 from common.rules.base import Decided, Decisions, Effect, Member, Reply, changes_center, computes
 from common.rules.base import Order as OrderEffect
+from paramserver import diversity
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
 from paramserver.shard import CENTER, Work
@@ -92,6 +93,16 @@ class Deciding:
             f"report of {session.worker}",
             lambda decisions: rule.report(config, decisions, session.worker, steps, loss, self._state.training_s),
         )
+
+    def measured(self, found: Diversity | None, steps: int) -> None:
+        """A worker has measured the diversity of its gradients within so many steps."""
+        state, s = self._state, self._state.settings
+        if found is None:
+            return
+        before, state.diversity = state.diversity, state.diversity.after(found, steps, s.diversity_horizon_measurements)
+        if state.diversity is not before:
+            values = diversity.describe(state.diversity, state.loads, s.diversity_delta)
+            self._out.record("diversity", updates=state.budget.updates, **values)
 
     def tick(self) -> None:
         """Time has passed, and the rule wanted to know."""

@@ -22,6 +22,7 @@ from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
 from common.messages import Version
+from paramserver.diversity import Averages
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
 from paramserver.shard import Work
@@ -178,6 +179,7 @@ class Durability:
             "updates": state.budget.updates,
             "samples": state.budget.samples,
             "elapsed_s": state.budget.elapsed_s(state.now),
+            "diversity": state.diversity.remember(),
             "sessions": [session.remember() for session in state.sessions.values() if session.role == "worker"],
         }
 
@@ -194,6 +196,7 @@ def restore(state: ServerState, recovered: Recovered) -> None:
     state.initialised = True
     state.budget.updates, state.budget.samples = record["updates"], record["samples"]
     state.budget.seconds, state.budget.started = record["elapsed_s"], state.now
+    state.diversity = Averages.recall(record.get("diversity"))
     for remembered in record["sessions"]:
         session = Session.recall(remembered, state.now, state.settings.lease_s)
         state.sessions[session.token] = session

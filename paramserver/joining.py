@@ -94,6 +94,7 @@ class Joining:
             "reply_codec": s.reply_codec,
             "local_steps": state.local_steps_of(session),
             "overlap": s.overlap,
+            "diversity_every_steps": s.diversity_every_steps,
             "schedules": state.rule.schedules,
             "fragments": state.rule.fragments(state.config),
             "confirm": state.rule.lost_reply == "resend",

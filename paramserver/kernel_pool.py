@@ -38,9 +38,8 @@ class KernelPool:
         if job.elements <= SMALL_ELEMENTS:
             return JobDone(job.job, [job.work(0, job.parts, self._scratch())])
         ranges = min(self._threads * RANGES_PER_THREAD, job.parts)
-        edges = [job.parts * i // ranges for i in range(ranges + 1)]
         _Pending(job.job, ranges, self._done, self._failed).watch(
-            [self._executor.submit(self._work, job, first, last) for first, last in pairwise(edges)]
+            [self._executor.submit(self._work, job, first, last) for first, last in cut(job.parts, ranges)]
         )
         return None
 
@@ -55,6 +54,11 @@ class KernelPool:
         if not hasattr(self._local, "scratch"):
             self._local.scratch = np.zeros(BLOCK_ELEMENTS, np.float32)
         return self._local.scratch
+
+
+def cut(parts: int, ranges: int) -> list[tuple[int, int]]:
+    """[0, parts) in so many contiguous ranges of nearly the same length: (first, last) each."""
+    return list(pairwise(parts * i // ranges for i in range(ranges + 1)))
 
 
 class _Pending:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from common.codecs.base import F32
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
+from paramserver.diversity import UNKNOWN, Load
 from paramserver.slots import Slot
 
 
@@ -118,11 +119,14 @@ class Counters:
     bytes_down: int = 0
     loss: float = float("nan")
     lag_versions: int = 0
+    load: Load = UNKNOWN
+    """What it trains on at a time."""
 
     def reported(self, steps: int, samples: int, loss: float) -> tuple[int, int]:
         """Under a rule that schedules: so much is done in all; the steps and samples that were not known."""
         new = max(steps - self.steps, 0), max(samples - self.samples, 0)
         self.steps, self.samples, self.loss = self.steps + new[0], self.samples + new[1], loss
+        self.load = Load(new[1] / new[0], 1.0) if new[0] else self.load
         return new
 
     def applied(self, facts: Facts, bytes_down: int, *, counted: bool) -> None:
@@ -131,6 +135,7 @@ class Counters:
         if not counted:
             self.samples += facts.samples
             self.steps += facts.steps
+            self.load = Load(facts.samples / max(facts.steps, 1), facts.steps)
         self.loss = facts.loss
         self.lag_versions = facts.lag_versions
         self.bytes_down += bytes_down

@@ -16,7 +16,9 @@ from common.errors import Code, PeerError
 from common.messages import NOWHERE, Fault, Message, Version
 from common.node import Record, Say, Send
 from common.rules.base import Config, Rule
+from paramserver import diversity
 from paramserver.budget import Budget
+from paramserver.diversity import Averages, Load
 from paramserver.session import Session
 from paramserver.shard import Shard
 from paramserver.slots import Slots
@@ -64,6 +66,8 @@ class ServerState:
     """Sent to workers that were ordered to pull, since the last line of the run log."""
     connections: int = 0
     """Connections so far in this life of the server."""
+    diversity: Averages = field(default_factory=Averages)
+    """Of the gradients, as the workers measured it."""
 
     @classmethod
     def of(cls, settings: ServerSettings, epoch: int) -> ServerState:
@@ -120,12 +124,20 @@ class ServerState:
         return gap is not None and session.clock > min(clocks, default=session.clock) + gap
 
     def local_steps_of(self, session: Session) -> int:
-        """H of this worker: as set, or in proportion to its speed."""
-        h = self.settings.local_steps
-        fastest = max((member.pace.steps_per_s for member in self.members), default=0.0)
-        if not self.settings.local_steps_by_speed or fastest == 0.0 or session.pace.steps_per_s == 0.0:
-            return h
-        return max(round(h * session.pace.steps_per_s / fastest), 1)
+        """H of this worker: as set, in proportion to its speed, or as large as the gradients' diversity carries."""
+        s, members = self.settings, self.members
+        if s.local_steps_by == "diversity":
+            batch = session.counters.load.batch
+            return diversity.local_steps(self.diversity, len(members), batch, s.diversity_delta, s.local_steps)
+        fastest = max((member.pace.steps_per_s for member in members), default=0.0)
+        if s.local_steps_by == "fixed" or fastest == 0.0 or session.pace.steps_per_s == 0.0:
+            return s.local_steps
+        return max(round(s.local_steps * session.pace.steps_per_s / fastest), 1)
+
+    @property
+    def loads(self) -> list[Load]:
+        """What the live workers have in flight."""
+        return [member.counters.load for member in self.members]
 
     @property
     def waited_for(self) -> Sequence[str]:

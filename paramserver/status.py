@@ -7,7 +7,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from paramserver import memory
+from paramserver import diversity, memory
 
 if TYPE_CHECKING:
     from paramserver.core import ServerCore
@@ -58,6 +58,7 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "codec": core.settings.codec,
         "reply_codec": core.settings.reply_codec,
         "local_steps": core.settings.local_steps,
+        "local_steps_by": core.settings.local_steps_by,
         "overlap": core.settings.overlap,
         "epoch": core.version.epoch,
         "version": core.version.version,
@@ -71,6 +72,7 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "budget_used": round(core.state.budget.share(now), 4),
         "updates_per_s": round(updates_per_s, 2),
         "samples_per_s": round(samples_per_s, 1),
+        "diversity": diversity.describe(core.state.diversity, core.state.loads, core.settings.diversity_delta),
         "finished": core.state.finished,
         "workers": [_worker(session, now) for session in known if session.role == "worker"],
         "observers": sum(session.live and session.role == "observer" for session in known),

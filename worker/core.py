@@ -32,6 +32,7 @@ from common.messages import (
     Bye,
     Chunk,
     Commit,
+    Diversity,
     Fault,
     Grant,
     Hello,
@@ -120,12 +121,14 @@ class PullWanted:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Optimizer steps and samples so far, the last step with this loss; `obeyed`: the last order is carried out."""
+    """Optimizer steps and samples so far, the last step with this loss; `obeyed`: the last order is carried out.
+    diversity: what was measured in the last step, where steps are reported."""
 
     steps: int
     samples: int = 0
     loss: float = 0.0
     obeyed: bool = False
+    diversity: Diversity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -591,7 +594,7 @@ class WorkerCore:
         m = self.membership
         if self._schedules and self.phase == "joined" and m.anchored:
             p = self._progress
-            self._send(Report(m.token, m.connection, p.steps, p.samples, p.loss, self._obeyed))
+            self._send(Report(m.token, m.connection, p.steps, p.samples, p.loss, self._obeyed, p.diversity))
 
     def _ordered(self, order: Order) -> None:
         if order.id > self._order:

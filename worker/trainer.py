@@ -244,8 +244,8 @@ class Session:
     def split(
         self, loss_a: torch.Tensor, loss_b: torch.Tensor, *, samples: tuple[int, int] | None = None, scale: float = 1.0
     ) -> torch.Tensor:
-        """Call in place of `loss.backward()`, with the mean losses of the two halves of the batch; returns the mean loss
-        of the batch, () without graph.
+        """Call in place of `loss.backward()`, with the mean losses of both halves of a batch; returns the mean loss of
+        the batch, () without graph.
 
         Now and then it measures gradient diversity on the way. The losses may share a graph. samples: of each half,
         where they differ; without, both hold half of what `step` is told. scale: that of a GradScaler

@@ -21,7 +21,7 @@ Takes any inner optimizer (the paper's is AdamW).
 Laws: with N = 1 it is Nesterov's method on the updates as they come, for any c_coef; with mu 0 it is `downpour` with
 its updates scaled by lr / N; a weight by lag scales g, never the momentum.
 The paper's other half, dynamic local updates (DyLU: H in proportion to a worker's speed), is not a matter of the rule:
-set `local_steps_by_speed` on the server.
+set `local_steps_by speed` on the server.
 Left out: momentum per worker; a warm-up of lr.
 """
 

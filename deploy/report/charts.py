@@ -24,6 +24,8 @@ TAIL = 0.99
 """Share of a worker's updates whose lag has a bar of its own; the last bar holds all others."""
 FEWEST = 7
 """The lag histograms reach at least this far."""
+SPANNING = ("loss", "samples")
+"""Kinds of value that may span orders of magnitude."""
 NARROWEST = 0.15
 """Width of a short span in a lane, percent: less could not be seen."""
 
@@ -148,9 +150,9 @@ def strip(lanes: list[Lane], end: float, x: str) -> Html:
 
 
 def _axis(values: Sequence[float], kind: str) -> Axis:
-    """The scale for values of a kind of `SCALES`, for `loss` (logarithmic where it spans much), or any other."""
+    """The scale for values of a kind of `SCALES`, of `SPANNING` (logarithmic where they span much), or any other."""
     low, high = min(values), max(values)
-    if kind == "loss" and low > 0 and high / low > 20:
+    if kind in SPANNING and low > 0 and high / low > 20:
         a, b = math.log10(low / 1.1), math.log10(high * 1.1)
         steps = (1, 2, 5) if b - a < 3 else (1,)
         marks = [step * 10.0**power for power in range(math.floor(a), math.ceil(b)) for step in steps]

@@ -49,8 +49,10 @@ def figures(summary: Mapping[str, Any], run: Run) -> dict[str, Any]:
             "loss": run.loss.columns(unseen),
             "workers": {name: trace.loss.columns(unseen) for name, trace in run.workers.items()},
             "bytes": {way: curve.columns(unseen) for way, curve in run.bytes.items()},
+            "diversity": {name: curve.columns(unseen) for name, curve in run.diversity.items()},
             "rule": {name: curve.columns(unseen) for name, curve in sorted(run.rule.items())},
         },
+        "diversity": run.last_diversity or None,
         "leaders": {
             "counts": {name: run.leaders.counts[name] for name in sorted(run.leaders.counts, key=_natural)},
             "changes": [[round(time_s, 3), number, name] for time_s, number, name in run.leaders.changes()],

@@ -47,6 +47,8 @@ APPLY = {"time", "kind", "worker", "number", "version", "lag", "weight", "loss",
 """Values of every `apply` line; all others are the rule's own figures."""
 LEADER = {"leader", "round"}
 """Figures of a rule with a leader, in `apply` and `close` lines: they make `Leaders`, and no curve."""
+DIVERSITY = {"bound": "batch_bound", "in_flight": "batch_in_flight"}
+"""Curves of gradient diversity -> their value in a `diversity` line."""
 SENTENCES = {
     "join": "{worker} {resumed}",
     "leave": "{worker} left: {reason}, after {updates} updates",
@@ -171,6 +173,8 @@ class Run:
         self.sent = dict.fromkeys(self.bytes, 0)
         self.rule: dict[str, Curve] = {}
         self.leaders = Leaders()
+        self.diversity = {name: Curve() for name in DIVERSITY}
+        self.last_diversity: dict[str, Any] = {}
         self.kinds: Counter[str] = Counter()
         self.first_events: list[dict[str, Any]] = []
         self.last_events: deque[dict[str, Any]] = deque(maxlen=EVENTS[1])
@@ -188,6 +192,9 @@ class Run:
         if at < self._earliest:
             return
         self.seconds = max(self.seconds, time_s)
+        if line["kind"] == "diversity":
+            self._measured(line, time_s)
+            return
         trace = self._trace(line, time_s)
         if line["kind"] in ("apply", "close"):
             self._led(line, time_s)
@@ -236,6 +243,18 @@ class Run:
             value = finite(line[name])
             if value is not None and (name in self.rule or len(self.rule) < DETAILS):
                 self.rule.setdefault(name, Curve(WINDOW)).add(time_s, self.updates, value)
+
+    def _measured(self, line: Mapping[str, Any], time_s: float) -> None:
+        updates = max(self.updates, int(finite(line.get("updates")) or 0))
+        for name, curve in self.diversity.items():
+            if (value := finite(line.get(DIVERSITY[name]))) is not None:
+                curve.add(time_s, updates, value)
+        names = (*DIVERSITY.values(), "gradient", "noise", "delta")
+        self.last_diversity = {name: finite(line.get(name)) for name in names} | {
+            "measurements": int(finite(line.get("measurements")) or 0),
+            "helps": line.get("helps") if isinstance(line.get("helps"), bool) else None,
+            "sentence": str(line.get("sentence") or "")[:TEXT_CHARACTERS],
+        }
 
     def _led(self, line: Mapping[str, Any], time_s: float) -> None:
         name, number = line.get("leader"), finite(line.get("round"))

@@ -39,7 +39,10 @@ def page(report: Mapping[str, Any]) -> str:
     colors = {name: f"c{i}" if len(names) <= COLORS else "many" for i, name in enumerate(names)}
     title = " · ".join(str(report[key]) for key in ("task", "rule") if report.get(key)) or "Training"
     facts = [title, f"{len(names)} {'worker' if len(names) == 1 else 'workers'}"]
-    if report["started"] is not None:
+    made_up = report.get("simulated")
+    if made_up:
+        facts.append("simulated, in virtual time")
+    elif report["started"] is not None:
         facts.append(f"{datetime.fromtimestamp(report['started'], UTC):%Y-%m-%d %H:%M} UTC")
     body = together(
         tag("header", tag("p", " · ".join(facts)), tag("h1", _result(report)), _notice(report)),
@@ -50,6 +53,7 @@ def page(report: Mapping[str, Any]) -> str:
         _section("Workers", _workers(report, colors)),
         _section("Events", _events(report["events"])),
         _section("Settings", _settings(report["settings"])),
+        _section("Simulated cluster", _facts(made_up)) if made_up else Html(),
         tag("div", (_section(name, _facts(report[name.lower()])) for name in ("Versions", "Seeds")), class_="charts"),
     )
     return PAGE.substitute(style=STYLE, title=together(title), body=body)
@@ -121,6 +125,10 @@ def _charts(report: Mapping[str, Any], colors: Mapping[str, str]) -> Iterator[Ht
     ways = (("up", "c0"), ("down", "c1 dash"))  # where both are as many, both show
     lines = [Line(way, from_columns(curves["bytes"][way], "time_s"), color) for way, color in ways]
     yield chart("Bytes sent over time", "Updates go up, the center comes down.", lines, "time_s", "bytes")
+    if report["diversity"]:
+        pairs = (("batch-size bound B_S", "bound", "c0"), ("batch in flight", "in_flight", "c1 dash"))
+        lines = [Line(name, from_columns(curves["diversity"][curve], "time_s"), color) for name, curve, color in pairs]
+        yield chart("Gradient diversity over time", report["diversity"]["sentence"], lines, "time_s", "samples")
     families: dict[str, list[Line]] = {}
     for name, curve in curves["rule"].items():
         family, _, member = name.partition("_")

@@ -184,3 +184,33 @@ def test_nobody_there(tmp_path: Path) -> None:
         join(address, model, torch.optim.SGD(model.parameters(), lr=LR), connect_timeout_s=1.0)
     with pytest.raises(NetworkError, match="Nothing answers"):
         status(address, timeout_s=0.5)
+
+
+@pytest.mark.parametrize("how", ["split", "micro-batches"])
+def test_gradient_diversity_is_measured_on_the_way(tmp_path: Path, how: str) -> None:
+    """What is measured arrives, and the training is the one without it."""
+    alone, shared = network(), network()
+    train(alone, torch.optim.SGD(alone.parameters(), lr=LR), batches(STEPS))
+    with cleaned_up() as processes:
+        server = Server(tmp_path, "--diversity-every-steps", "10", "--local-steps", "4")
+        processes.append(server)
+        optimizer = torch.optim.SGD(shared.parameters(), lr=LR)
+        with join(server.address, shared, optimizer) as session:
+            for x, y in batches(STEPS):
+                losses = torch.nn.functional.cross_entropy(shared(x), y, reduction="none")
+                if how == "split":
+                    loss = session.split(losses[:16].mean(), losses[16:].mean())
+                else:
+                    loss = losses.mean().detach()
+                    for part in (losses[:16], losses[16:]):
+                        (part.mean() / 2).backward(retain_graph=True)
+                        session.micro_batch(16)
+                optimizer.step()
+                optimizer.zero_grad()
+                session.step(loss, samples=len(x))
+            assert session.flush()
+            found = server.status()["diversity"]
+        assert found["measurements"] == STEPS / 10
+        assert found["batch_in_flight"] == 4 * 32
+        assert "1 worker x 32 samples x 4 steps" in found["sentence"]
+        assert distance(shared, alone) < 1e-6

@@ -50,7 +50,7 @@ from worker.tasks.base import OPTIMIZERS, Context, Task, TaskFamily
 
 __all__ = ["OPTIMIZERS", "Context", "Task", "TaskFamily", "load", "names"]
 
-HELPERS = ("base",)
+HELPERS = ("base", "images", "labelled", "pooled")
 DEFAULT_FUNCTION = "make_task"
 _FILE = re.compile(r"(?P<file>.+\.py)(:(?P<function>\w*))?")
 _RESULT = "Return a worker.tasks.Task, or the four of model, optimizer, data, loss."

@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from worker.mechanisms import Mechanism
+
+HALVES_SAMPLES = 4
+"""A batch of fewer is not halved: batch norm needs two samples in each half."""
+
 
 class Context(NamedTuple):
     """For whom a task is made."""
@@ -62,6 +67,33 @@ def first_length(batch: Any) -> int:
     return len(batch)
 
 
+def first_halves(batch: Any) -> tuple[Any, Any] | None:
+    """Both halves of a batch along the first dimension of its tensors, which may stand in tuples, lists or mappings.
+
+    None where that cannot be: something is no tensor, they differ in length, or the batch is smaller than
+    HALVES_SAMPLES.
+    """
+    sizes = {len(leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else 0 for leaf in _leaves(batch)}
+    if len(sizes) != 1 or (n := sizes.pop()) < HALVES_SAMPLES:
+        return None
+    return _cut(batch, slice(n // 2)), _cut(batch, slice(n // 2, n))
+
+
+def _leaves(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    return [leaf for one in batch for leaf in _leaves(one)] if isinstance(batch, (tuple, list)) else [batch]
+
+
+def _cut(batch: Any, part: slice) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _cut(one, part) for key, one in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        cut = [_cut(one, part) for one in batch]
+        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
+    return batch[part]
+
+
 def no_evaluation(model: torch.nn.Module) -> Evaluation | None:
     """For tasks that hold nothing back to evaluate on."""
     return None
@@ -81,6 +113,11 @@ class Task:
     """samples(batch): how many samples it holds."""
     evaluate: Callable[[torch.nn.Module], Evaluation | None] = no_evaluation
     """evaluate(model): how good any model of this kind is, such as the server's center; leaves its mode as it was."""
+    halves: Callable[[Any], tuple[Any, Any] | None] = first_halves
+    """halves(batch): two batches that hold half of the samples each, to measure gradient diversity with; None where
+    there are none."""
+    mechanism: Mechanism | None = None
+    """What is done to the gradient of each sample, if anything."""
 
 
 class TaskFamily(NamedTuple):

@@ -12,15 +12,15 @@ Data: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from common.errors import ConfigError
-from worker.tasks.base import OPTIMIZERS, Context, Evaluation, Task, TaskFamily
+from worker.tasks import labelled
+from worker.tasks.base import OPTIMIZERS, Context, Task, TaskFamily
 
 CLASSES = 10
 BATCH_SAMPLES = 32
@@ -45,18 +45,6 @@ def network() -> nn.Sequential:
     )
 
 
-class Shuffled:
-    """Batches of (x, y), each pass in a new order; two with one seed give the same batches for ever."""
-
-    def __init__(self, x: Tensor, y: Tensor, *, seed: int) -> None:
-        self._x, self._y = x, y
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self._x), generator=self._generator).to(self._x.device)
-        yield from zip(self._x[order].split(BATCH_SAMPLES), self._y[order].split(BATCH_SAMPLES), strict=True)
-
-
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:
     """labels: (n,) -> positions to train on and to test on; of each class the same share."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
@@ -79,32 +67,13 @@ def make(context: Context) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.model_seed)
         model = network().to(context.device)
-
-    def evaluate(model: nn.Module) -> Evaluation:
-        return _evaluate(model, x[test], y[test])
-
     return Task(
         model=model,
         optimizer=OPTIMIZERS[context.optimizer or "sgd"](model.parameters(), LR),
-        batches=Shuffled(x[train], y[train], seed=context.seed),
-        loss=_loss,
-        evaluate=evaluate,
+        batches=labelled.Shuffled(x[train], y[train], BATCH_SAMPLES, seed=context.seed),
+        loss=labelled.loss,
+        evaluate=partial(labelled.evaluate, x=x[test], y=y[test]),
     )
-
-
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return functional.cross_entropy(model(x), y)
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, x: Tensor, y: Tensor) -> Evaluation:
-    training = model.training
-    model.eval()
-    logits = model(x)
-    model.train(training)
-    right = (logits.argmax(1) == y).float().mean()
-    return Evaluation(float(functional.cross_entropy(logits, y)), float(right), len(x))
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -360,4 +360,4 @@ def test_what_is_allowed_reads_as_words(name: str, words: str) -> None:
 @pytest.mark.parametrize(("model", "name"), FIELDS)
 def test_a_quantity_ends_in_its_unit(model: type[Settings], name: str) -> None:
     if allowed(model.model_fields[name]).startswith("a number"):
-        assert name.endswith(("_s", "_h", "_exponent"))  # an exponent has no unit
+        assert name.endswith(("_s", "_h", "_exponent", "_delta"))  # an exponent and delta have no unit

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common import messages, wire
 from common.errors import Code, WireError
-from common.messages import PROTOCOL, Beat, Begin, Hello, Message, Push, Scalars, Version, Welcome
+from common.messages import PROTOCOL, Beat, Begin, Diversity, Hello, Message, Push, Scalars, Version, Welcome
 
 KINDS = get_args(Message)
 TEXT = 1024
@@ -131,15 +131,24 @@ def test_header_bytes_do_not_change() -> None:
     """Other versions and other languages read them: a change here is a new protocol version."""
     beat = bytes(wire.encode(Beat("s", 3, 70_000))[0])
     assert beat.hex() == (
-        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c02a474797065a462656174"
+        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c03a474797065a462656174"
     )
     push = Push(Begin("s", 1, "push", 2, 0, "fp32", 32, Version(1, 7), 9), Scalars(0.5, 8, 1, 0.25), b"\x00\x01")
     header, payload = wire.encode(push)
     assert payload is push.payload
     assert bytes(header).hex() == (
         "84a5626567696e89a773657373696f6ea173aa636f6e6e656374696f6e01a46b696e64a470757368a66e756d62657202a8667261676d65"
-        "6e7400a5636f646563a466703332a5627974657320a462617365920107a66d657267656409a77363616c61727384a46c6f7373cb3fe000"
-        "0000000000a773616d706c657308a5737465707301a26c72cb3fd0000000000000a870726f746f636f6c02a474797065a470757368"
+        "6e7400a5636f646563a466703332a5627974657320a462617365920107a66d657267656409a77363616c61727385a46c6f7373cb3fe000"
+        "0000000000a773616d706c657308a5737465707301a26c72cb3fd0000000000000a9646976657273697479c0a870726f746f636f6c03a4"
+        "74797065a470757368"
+    )
+    measured = dataclasses.replace(push.scalars, diversity=Diversity(-0.5, 2.0, 3))
+    assert bytes(wire.encode(dataclasses.replace(push, scalars=measured))[0]).hex() == (
+        "84a5626567696e89a773657373696f6ea173aa636f6e6e656374696f6e01a46b696e64a470757368a66e756d62657202a8667261676d65"
+        "6e7400a5636f646563a466703332a5627974657320a462617365920107a66d657267656409a77363616c61727385a46c6f7373cb3fe000"
+        "0000000000a773616d706c657308a5737465707301a26c72cb3fd0000000000000a964697665727369747983a86772616469656e74cbbf"
+        "e0000000000000a56e6f697365cb4000000000000000ac6d6561737572656d656e747303a870726f746f636f6c03a474797065a4707573"
+        "68"
     )
 
 

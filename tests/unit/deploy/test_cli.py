@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import socket
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from common import codecs, config, errors, rules
 from common.config import ServerSettings, Settings, WorkerSettings
 from common.errors import Code, ParamserverError, PeerError
+from common.messages import Diversity, Scalars
 from deploy import cli, options, plan
+from deploy.screens import WIDE_COLUMNS, status_view
+from paramserver import status
 from paramserver.checkpoint import Directory
+from tests.cluster import Desk
 from worker import tasks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -271,3 +277,17 @@ def test_rules_lists_papers_and_settings() -> None:
     assert settings["kappa"]["default"] == 1.0
     assert "above 0" in settings["kappa"]["allowed"]
     assert "kappa = 1.0" in run("rules").stdout
+
+
+def test_status_says_whether_more_workers_can_help() -> None:
+    desk = Desk(local_steps=4, local_steps_by="diversity")
+    hand = desk.join()
+    [push] = hand.pieces(1)
+    hand.send(type(push)(push.begin, Scalars(0.5, 32, 1, 0.1, Diversity(1.0, 9.0, 1)), push.payload))  # type: ignore[union-attr, call-arg]
+    found = status.describe(desk.core, desk.now)
+    paper = io.StringIO()
+    Console(width=WIDE_COLUMNS, file=paper).print(status_view("tcp://here:1", found))
+    shown = paper.getvalue()
+    assert found["diversity"]["sentence"] in shown
+    assert "hardly help: B = 32 samples in flight (1 worker x 32 samples x 1 step)" in shown
+    assert "4 local steps by diversity" in shown

@@ -234,6 +234,41 @@ def test_updates_that_the_log_lost_still_count_on_the_axis(tmp_path: Path) -> No
     assert found["curves"]["bytes"]["up"]["updates"] == [101, 102, 103, 104]
 
 
+# --- gradient diversity ---
+
+
+def measured(at_s: float, bound: float | None, sentence: str = "More workers can still help.", **more: Any) -> Any:
+    values = {"batch_bound": bound, "batch_in_flight": 128.0, "gradient": 1.0, "noise": 9.0, "measurements": 3}
+    values |= {"updates": int(at_s), "delta": 1.0, "helps": True, "sentence": sentence}
+    return event("diversity", at_s, **values | more)
+
+
+def test_gradient_diversity_has_curves_a_chart_and_its_last_sentence(tmp_path: Path) -> None:
+    lines = [*small_log(), measured(1.5, 50.0), measured(2.5, None), measured(3.5, 300.0, HOSTILE)]
+    log_into(tmp_path, lines)
+    found, html = written(tmp_path, {})
+    assert found["curves"]["diversity"]["bound"] == {"time_s": [1.5, 3.5], "updates": [4, 4], "value": [50.0, 300.0]}
+    assert found["curves"]["diversity"]["in_flight"]["value"] == [128.0] * 3
+    last = found["diversity"]
+    assert (last["batch_bound"], last["measurements"], last["delta"], last["helps"]) == (300.0, 3, 1.0, True)
+    assert last["sentence"].startswith("<script>")
+    assert "Gradient diversity over time" in html
+    assert "<script>" not in html
+    assert "diversity" not in found["events"]["counts"], "a curve, and no event"
+
+
+def test_without_a_bound_there_is_still_the_sentence(tmp_path: Path) -> None:
+    log_into(tmp_path, [*small_log(), measured(1.5, None, "B_S is larger than can be told.")])
+    assert "B_S is larger than can be told." in written(tmp_path, {})[1]
+    log_into(tmp_path, [*small_log(), measured(1.5, None, helps=7, sentence=None, measurements="many")])
+    last = written(tmp_path, {})[0]["diversity"]
+    assert (last["helps"], last["sentence"], last["measurements"]) == (None, "", 0)
+    log_into(tmp_path, small_log())
+    found, html = written(tmp_path, {})
+    assert found["diversity"] is None
+    assert "Gradient diversity over time" not in html
+
+
 # --- leaders ---
 
 

@@ -223,7 +223,7 @@ def test_budget_ends_at_once_and_stop_exits_with_late_replies() -> None:
 @pytest.mark.parametrize("settings", [{}, {"rule": "local_sgd"}, {"max_clock_gap": 1}], ids=["free", "rounds", "gap"])
 def test_local_steps_are_in_proportion_to_speed(settings: dict[str, Any]) -> None:
     """Twice and four times as slow: half and a quarter of H. The time that a reply waits is no training."""
-    desk = Desk(local_steps=8, local_steps_by_speed=True, lease_s=10_000, **settings)
+    desk = Desk(local_steps=8, local_steps_by="speed", lease_s=10_000, **settings)
     hands = {speed: desk.join(f"{speed} steps/s") for speed in (4.0, 2.0, 1.0)}
     steps, numbers = dict.fromkeys(hands, 8), dict.fromkeys(hands, 0)
     due = {speed: desk.now + 8 / speed for speed in hands}
@@ -246,7 +246,7 @@ def test_local_steps_are_in_proportion_to_speed(settings: dict[str, Any]) -> Non
 
 
 def test_nothing_is_known_of_speed_at_first() -> None:
-    desk = Desk(local_steps=8, local_steps_by_speed=True)
+    desk = Desk(local_steps=8, local_steps_by="speed")
     hand = desk.join()
     assert hand.welcome.settings["local_steps"] == 8
     assert hand.push(1).local_steps == 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import pytest
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from common.config import WorkerSettings
 from common.errors import ConfigError
-from worker import loop, tasks
+from worker import loop, mechanisms, tasks
+from worker.diversity import Meter
 from worker.tasks import Context, Task, TaskFamily, digits
 from worker.trainer import Exchanges
 
@@ -26,6 +27,7 @@ class FakeSession:
         self._steps, self._interrupt_at = steps, interrupt_at
         self.told: list[tuple[Tensor, int]] = []
         self.name = "w0"
+        self.measures = False
         self.exchanges = Exchanges(pushed=steps)
         self.left_by: type[BaseException] | str | None = "not yet"
 
@@ -118,6 +120,71 @@ def test_every_step_is_told_once_with_its_loss_and_samples() -> None:
     assert all(samples_per_s > 0 and who is session for *_, samples_per_s, who in seen)
     assert (done.steps, done.samples, done.last_loss) == (5, 18, float(losses[-1]))
     assert done.samples_per_s == pytest.approx(done.samples / done.seconds)
+
+
+class Measuring(FakeSession):
+    """Measures every step, and keeps what came of it."""
+
+    def __init__(self, steps: int, model: nn.Module) -> None:
+        super().__init__(steps)
+        self.meter, self.measures = Meter(model.parameters(), 1), True
+
+    def measure(self, *what: Any) -> None:
+        self.meter.measure(*what)
+
+    def measure_gradients(self, *what: Any) -> None:
+        self.meter.gradients(*what)
+
+    def step(self, loss: Tensor, samples: int) -> None:
+        super().step(loss, samples)
+        self.meter.stepped(len(self.told), samples)
+
+
+def drawing() -> Task:
+    """A model whose every forward pass draws random numbers and changes buffers."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    batches = [(torch.randn(n, 2), torch.randn(n, 1)) for n in (8, 5, 3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    return Task(model, optimizer, batches, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]))
+
+
+def test_a_step_that_is_measured_is_the_same_step_bit_for_bit() -> None:
+    """Weights, batch-norm statistics, losses, and the random numbers after it."""
+    runs = []
+    for measured in (False, True):
+        task = drawing()
+        session = Measuring(9, task.model) if measured else FakeSession(9)
+        loop._seed(4)
+        loop.train(task, session)
+        state = [value.numpy().tobytes() for value in task.model.state_dict().values()]
+        runs.append((state, [float(loss) for loss, _ in session.told], torch.rand(1).item()))
+        if isinstance(session, Measuring):
+            found = session.meter.take()
+            assert found is not None
+            assert found.measurements == 6, "three samples are not halved"
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("text", ["dropconnect:0.5", "langevin:0.01", "quantise"])
+def test_a_mechanism_trains_and_is_measured(text: str) -> None:
+    task = replace(small(), mechanism=mechanisms.parse(text))
+    session = Measuring(6, task.model)
+    before = after(task, 0)
+    done = loop.train(task, session)
+    assert math.isfinite(done.last_loss)
+    assert after(task, 0) != before
+    found = session.meter.take()
+    assert found is not None
+    assert found.measurements == 6
+
+
+def test_a_mechanism_that_changes_nothing_is_the_plain_loop() -> None:
+    plain, task = digits.make(Context(1)), replace(digits.make(Context(1)), mechanism=mechanisms.parse("dropconnect:0"))
+    loop.train_alone(plain, 5)
+    loop.train_alone(task, 5)
+    for a, b in zip(plain.model.parameters(), task.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_session_that_is_finished_trains_nothing() -> None:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from worker import tasks
 from worker.loop import train_alone
 from worker.tasks import Context, Task, digits
-from worker.tasks.base import first_length
+from worker.tasks.base import first_halves, first_length
 
 Write = Callable[[str], Path]
 
@@ -295,3 +295,35 @@ def test_nn_modules_are_what_the_network_of_digits_is_made_of() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 21_386
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+# --- halves of a batch ---
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("n", [4, 7])
+def test_halves_hold_every_sample_once_in_the_same_form(n: int) -> None:
+    x, y = torch.arange(n), torch.arange(n) * 10
+    for batch in (x, (x, y), [x, (y, x)], {"x": x, "more": [y]}, Pair(x, y)):
+        found = first_halves(batch)
+        assert found is not None
+        a, b = found
+        assert type(a) is type(b) is type(batch)
+        assert (first_length(a), first_length(b)) == (n // 2, n - n // 2)
+    found = first_halves((x, y))
+    assert found is not None
+    for i, whole in enumerate((x, y)):
+        assert torch.equal(torch.cat([found[0][i], found[1][i]]), whole)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [torch.ones(3), (torch.ones(8), torch.ones(6)), (torch.ones(8), 3), "a text", [], torch.ones(()), ["a"] * 8],
+    ids=["small", "lengths", "number", "text", "empty", "scalar", "texts"],
+)
+def test_what_has_no_halves(batch: Any) -> None:
+    assert first_halves(batch) is None
