@@ -233,6 +233,7 @@ def simulate(
     task: str = typer.Option("digits", metavar="TASK", help="a built-in task, or FILE.py:FUNCTION"),
     data: Path | None = DATA,
     optimizer: str = OPTIMIZER,
+    mechanism: str = MECHANISM,
     compute: str = typer.Option("normal:100ms,10ms", metavar="DIST", help="time of one optimizer step"),
     network: str = typer.Option("lognormal:1ms,0.5", metavar="DIST", help="time of one message, one way"),
     bandwidth: float = typer.Option(0.0, min=0.0, metavar="MB/S", help="of each worker, each way; 0: no limit"),
@@ -241,6 +242,7 @@ def simulate(
     faults: str = typer.Option(
         "", metavar="NAME=VALUE", help="loss, duplicate, reorder (shares); cuts, worker_crashes, server_crashes (times)"
     ),
+    threads: int = typer.Option(1, min=1, metavar="N", help="of torch; another number may round otherwise"),
     evaluations: int = typer.Option(20, min=1, max=10_000, metavar="N", help="looks at the center"),
     no_solo: bool = typer.Option(False, "--no-solo", metavar="", help="train no lone worker to compare with"),
     check: bool = typer.Option(False, "--check", metavar="", help="check every invariant after every event; slow"),
@@ -264,7 +266,16 @@ def simulate(
         evaluations=evaluations,
         check=check,
     )
-    made = plan.make(loaded, task=task, workers=workers, data=data, optimizer=optimizer, solo=not no_solo, threads=1)
+    made = plan.make(
+        loaded,
+        task=task,
+        workers=workers,
+        data=data,
+        optimizer=optimizer,
+        mechanism=mechanism,
+        solo=not no_solo,
+        threads=threads,
+    )
     exit_on_signals()
     voice = Voice()
     results = simulation.simulate(made, found, voice.console, voice.say)

@@ -4,7 +4,7 @@
     actions = recorder.enter(core, event, now)                     in place of core.handle(event, now)
 
 Laws
-* Recording costs the loop a few microseconds an event: hashing and the disk wait on a thread of its own.
+* Recording costs the loop some ten microseconds an event: hashing payloads and the disk are a thread's business.
 * It never holds up training, and never ends it: where the limit is reached, the disk fails, or it is slower than what
   arrives, recording stops, with a warning and a last record that says why.
 * Records reach the file in order; of what a killed process leaves at most the last one is not whole. What led to a

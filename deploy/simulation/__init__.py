@@ -89,6 +89,7 @@ def _alone(plan: Plan, scenario: Scenario, steps: int) -> dict[str, Any]:
         data=plan.data,
         threads=plan.threads,
         optimizer=plan.optimizer,
+        mechanism=plan.mechanism,
     )
     step_s = scenario.compute.mean_s
     found["seconds"] = seconds = found["steps"] * step_s

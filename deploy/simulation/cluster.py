@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -159,7 +159,7 @@ class SimulatedWorker(Inhabitant):
     def live(self) -> None:
         plan = self._plan
         seed = plan.seed_of(self._number + len(plan.devices) * self.life)
-        device, optimizer = plan.devices[self._number], plan.optimizer or "task"
+        device, optimizer = plan.devices[self._number], cast(Any, plan.optimizer or "task")
         settings = WorkerSettings(
             address=ADDRESS,
             name=self.name,
@@ -167,6 +167,7 @@ class SimulatedWorker(Inhabitant):
             device=device,
             seed=seed,
             optimizer=optimizer,
+            mechanism=plan.mechanism or None,
             connect_timeout_s=86_400,
         )
         self.report = loop.run(

@@ -1,6 +1,6 @@
 """`charlm`: the next character of a text, by a small transformer.
 
-    x = E[text] + P;   3 times:  x += attention(norm(x)),  x += mlp(norm(x));  logits = norm(x) E^T   366,048 parameters
+    x = E[text] + P;   3 times:  x += attention(norm(x)),  x += mlp(norm(x));  logits = norm(x) E^T   366,432 parameters
 
 A character is a byte, of 64 at most the next one is told from those before. AdamW with learning rate .001 on batches of
 16 such windows. The last tenth of the text is kept to test on. Every worker goes through the whole rest, cut into

@@ -136,7 +136,7 @@ def _unpacked(source: Path) -> Iterator[tuple[Name, bytes]]:
 
 
 def _files(source: Path) -> list[Path]:
-    return [path for split in SPLITS for path in (source / split).glob("*/*") if _name(path)]
+    return sorted(path for split in SPLITS for path in (source / split).glob("*/*") if _name(path))
 
 
 def _name(path: Path) -> Name | None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from worker.tasks.base import Evaluation
 
-EVALUATION_SAMPLES = 1000
+EVALUATION_SAMPLES = 250
 """How many are evaluated at a time: a bound on the memory, which the result does not depend on but for rounding."""
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from common.errors import LockedError, StateError
 from common.messages import Version
 from paramserver import checkpoint
-from paramserver.checkpoint import CorruptError, Directory, Loaded, read
+from paramserver.checkpoint import CorruptError, Directory, Loaded, as_read, fingerprint, read
 
 RECORD = {"layout": "[]", "elapsed_s": 0.1 + 0.2, "sessions": [{"token": "ä\ud800", "weight": 1e-5}], "decisions": None}
 HOLD = """
@@ -505,6 +505,17 @@ def test_a_path_that_cannot_be_a_directory_is_refused_in_words(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match=r"file cannot be used: File exists\. Serve"):
         Directory.open(tmp_path / "file")
+
+
+def test_what_would_be_read_is_known_without_a_disk(directory: Directory) -> None:
+    """Also the order of keys, for a rule may go through them."""
+    record = RECORD | {"decisions": {"w10": (1, 2.5), "w9": {3: None}}, "adopted": True}
+    directory.save(FIRST, state(), record, keep=1)
+    loaded = directory.load()
+    assert loaded is not None
+    assert json.dumps(as_read(record)) == json.dumps(loaded.record) != json.dumps(record)
+    assert fingerprint(state(), record) == fingerprint(dict(reversed(loaded.arrays.items())), loaded.record)
+    assert len({fingerprint(state(), record), fingerprint(state(1), record), fingerprint(state(), RECORD)}) == 3
 
 
 # --- how long a checkpoint is kept ---
