@@ -93,6 +93,8 @@ def run_all(runs: Sequence[Run], *, processes: int, keep: Path | None) -> list[D
         while waiting or children:
             while waiting and len(children) < processes:
                 run = waiting.pop(0)
+                if _is_done(folder, run):  # by another benchmark that keeps its runs here
+                    continue
                 children.append((run, _start(folder, run), time.monotonic()))
             time.sleep(POLL_S)
             for one in [one for one in children if one[1].poll() is not None]:

@@ -427,6 +427,8 @@ class WorkerCore:
 
     def _welcome(self, welcome: Welcome) -> None:
         m = self.membership
+        if welcome.session == m.token and welcome.connection < m.connection:
+            return  # of a connection that a later one has replaced: what it says of numbers is no longer so
         self._last_answer = self._now
         first_of_connection = (welcome.session, welcome.connection) != (m.token, m.connection)
         if not first_of_connection and m.welcome is not None and m.welcome.init in (welcome.init, "have"):
@@ -464,19 +466,22 @@ class WorkerCore:
             first, last = welcome.lost[0], welcome.lost[-1]
             self._say("warning", f"A crash of the server undid updates {first} to {last} of this worker.")
             self._deliver(Undone(first, last))
-        if welcome.resumed == "live":
+        known = welcome.session == m.token
+        overtaken = upload is not None and upload.number < welcome.last_decided  # a repeat would never be answered
+        if known and welcome.resumed == "live" and not overtaken:
             if upload is not None:
                 upload.rewind()
         else:
             if upload is not None and upload.kind == "push":
-                # an unknown session may have applied what was sent: never push it twice
-                pushed = upload.tried if welcome.resumed == "new" else welcome.last_decided >= upload.number
+                # a session that nobody remembers may have applied what was sent: never push it twice
+                pushed = welcome.last_decided >= upload.number if known else upload.tried
                 self._deliver(Orphaned(upload.number, pushed))
             self._upload = None
             m.anchored = False
-            if welcome.resumed == "new":
-                m.last_number = m.last_applied = 0
-        if m.token != welcome.session:
+        if known:
+            m.last_number = max(m.last_number, welcome.last_decided)
+        else:
+            m.last_number = m.last_applied = 0
             self._order = self._obeyed = 0
         m.token, m.connection = welcome.session, welcome.connection
         m.last_applied = min(m.last_applied, max(welcome.last_decided, 0))

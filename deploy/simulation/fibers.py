@@ -27,6 +27,7 @@ from typing import TypeVar
 import greenlet
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 from common.simulator import World
 
@@ -57,7 +58,7 @@ class Draws:
             if Draws._in_place is not None:
                 Draws._in_place._put_aside()
             random.setstate(self._python)
-            np.random.set_bit_generator(self._numpy)
+            mtrand.set_bit_generator(self._numpy)
             torch.set_rng_state(self._torch)
             Draws._in_place = self
         return work()
@@ -141,6 +142,7 @@ class Fiber:
             self._stack.switch()
 
     def _leave(self) -> None:
+        assert self._stack.parent is not None
         self._stack.parent.switch()
 
     def _expect_alive(self) -> None:

@@ -6,8 +6,8 @@ Of four places under a pool one has a gradient, and none where ReLU is off: the 
 from place to place that has one, instead of over all of them. The same sums in another order: values and gradients are
 those of the three operations to float rounding, NaN included, and two runs are the same bit for bit.
 
-Left out: stride, padding, gradients of gradients; other devices and dtypes than float32 on a CPU, and input without
-samples, take the three operations.
+Left out: stride, padding, gradients of gradients; other devices and dtypes than float32 on a CPU, input without
+samples, and gradients of single samples (`torch.func`) take the three operations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ Places = NDArray[np.uint8]
 def conv_pool_relu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """(n, c, h, w) -> (n, o, (h - k + 1) // 2, (w - k + 1) // 2); conv: c -> o channels, k x k, with a bias."""
     weight, bias = conv.weight, conv.bias
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and len(x):
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and len(x)
+    if plain and not torch._C._are_functorch_transforms_active():
         z: Tensor = _ConvPoolRelu.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return z
     return functional.relu(functional.max_pool2d(functional.conv2d(x, weight, bias), 2))
