@@ -4,9 +4,9 @@
     B_S              exact, from the gradients of all samples, at the same parameters for every r
     loss gap         training loss after the same passes with batches of B, over that with batches of 16
 
-Yin et al., arXiv 1706.05699, section 6: there the gap grows with r, on CIFAR-10. Here: 1,024 of the `digits`, the network
-of that task, SGD with one step size per sample for all batch sizes (so lr grows with B), as the theorems want it. The
-gap is a geometric mean over the seeds. `estimate` is what workers would measure: from half-batches, at the same
+Yin et al., arXiv 1706.05699, section 6: there the gap grows with r, on CIFAR-10. Here: 1,024 of the `digits`, the
+network of that task, SGD with one step size per sample for all batch sizes (so lr grows with B), as the theorems want
+it. The gap is a geometric mean over the seeds. `estimate` is what workers would measure: from half-batches, at the same
 parameters.
 """
 

@@ -73,6 +73,8 @@ def _summary(
         **scenario.words,
         "crashes": cluster.crashes,
         "real_seconds": round(time.monotonic() - started, 3),
+        "training_seconds": round(cluster.real_seconds[0], 3),
+        "training_cpu_seconds": round(cluster.real_seconds[1], 3),
         "events": cluster.world.events,
     }
     return found | {"simulated": made_up, "center_sha256": cluster.sha256}

@@ -221,6 +221,8 @@ class Cluster:
         self._news: tuple[Any, float] = (None, 0.0)
         self.crashes = {"worker": 0, "server": 0, "cut": 0}
         self.sha256 = ""
+        self.real_seconds = 0.0, 0.0
+        """What training took of real time, and of CPU time."""
         self._arrange_faults()
 
     @property
@@ -237,8 +239,10 @@ class Cluster:
 
     def run(self, screen: Screen) -> None:
         """Until the budget is used up and everybody has left; raises ParamserverError where it comes to no end."""
+        started_s, used_s = time.monotonic(), time.process_time()
         try:
             self._train(screen)
+            self.real_seconds = time.monotonic() - started_s, time.process_time() - used_s
             self._leave()
             trained_s = self.status["elapsed_s"]
             self._finish()
