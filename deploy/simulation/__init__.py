@@ -110,17 +110,7 @@ def _expect_nothing(plan: Plan) -> None:
 
 
 def _words(cluster: Cluster, real_s: float) -> str:
-    faults = ", ".join(f"{count} {kind}{'s' if count != 1 else ''}" for kind, count in _faults(cluster) if count)
-    return (
-        f"{cluster.world.now:,.0f} s passed in {real_s:,.1f} s, {cluster.world.events:,} events"
-        f"{f'; {faults}' if faults else ''}."
-    )
-
-
-def _faults(cluster: Cluster) -> list[tuple[str, int]]:
-    crashes = cluster.crashes
-    return [
-        ("broken connection", crashes["cut"]),
-        ("worker crash", crashes["worker"]),
-        ("server crash", crashes["server"]),
-    ]
+    kinds = {"cut": "broken connections", "worker": "workers crashed", "server": "crashes of the server"}
+    faults = [f"{count} {kinds[kind]}" for kind, count in cluster.crashes.items() if count]
+    passed = f"{cluster.world.now:,.0f} s passed in {real_s:,.1f} s, {cluster.world.events:,} events"
+    return "; ".join([passed, *([", ".join(faults)] if faults else [])]) + "."

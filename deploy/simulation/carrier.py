@@ -28,6 +28,7 @@ class SimulatedCarrier(Carrier):
         self, core: WorkerCore, fiber: Fiber, dial: Dial, say: Callable[[str, str], None], *, check: bool
     ) -> None:
         self._fiber, self._dial, self._say = fiber, dial, say
+        self.core = core
         self._news: deque[Any] = deque()
         self.host = Host(fiber.world, core, self._do, check=check)
         self.link = dial(self.host)

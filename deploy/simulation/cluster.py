@@ -156,6 +156,11 @@ class SimulatedWorker(Inhabitant):
         self._chance = ether.chance("compute", number, life)
         self._factor = ether.scenario.factors[number]
 
+    @property
+    def known_as(self) -> str:
+        """Its name on the server, which may have given the one that it asked for to an earlier life."""
+        return (self.carrier.core.membership.worker if self.carrier is not None else "") or self.name
+
     def live(self) -> None:
         plan = self._plan
         seed = plan.seed_of(self._number + len(plan.devices) * self.life)
@@ -263,8 +268,8 @@ class Cluster:
         return [
             {"device": self._plan.devices[number], "exit": 0 if worker.report else 1 if worker.error else None}
             | (asdict(worker.report) if worker.report else {})
-            | counted.get(worker.name, {})
-            | {"name": worker.name}
+            | counted.get(worker.known_as, {})
+            | {"name": worker.known_as}
             for number, worker in enumerate(self.workers)
         ]
 
