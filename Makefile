@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # Quiet, except for errors.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: help demo test check bench slow rules clean
+.PHONY: help demo test check bench slow rules papers clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -37,6 +37,12 @@ slow: $(STAMP)  ## the slow tests only
 rules: $(STAMP)  ## every rule with real processes, one worker killed, one late: 15 minutes
 	@mkdir -p runs
 	RULES_TABLE=runs/rules.jsonl $(BIN)/python -m pytest -m slow tests/integration/test_every_rule.py $(TEST_FLAGS)
+
+papers: $(STAMP)  ## the papers' figures, simulated, from the data sets in DATA: about an hour
+	@test -n "$(DATA)" || { echo "Say where the data sets are: make papers DATA=~/data (mnist/ in it)" >&2; exit 1; }
+	for name in gem_figure1 gem_kappa; do \
+		$(BIN)/python -m benchmarks $$name --data $(DATA) --keep runs/papers --json docs/figures/$$name.json || exit; done
+	for name in rules diversity; do $(BIN)/python -m benchmarks $$name --json docs/figures/$$name.json || exit; done
 
 clean:  ## remove caches and build outputs; .venv and the outputs of runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

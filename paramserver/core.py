@@ -112,7 +112,7 @@ class ServerCore:
             decided=self.applying.tell_decision,
             again=self.pulls.answer_again,
         )
-        self.joining = Joining(self.state, self.out, token, self.initial, self.uplink, self.downlink)
+        self.joining = Joining(self.state, self.out, token, self.order, self.initial, self.uplink, self.downlink)
         self.durability = Durability(self.state, self.out, self.order)
         self.drained = 0
         """Messages of old connections, dropped."""
@@ -390,11 +390,10 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        if self.shard:
-            for _ in range(2):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
-                if run := self.order.next():
-                    self.out.add(run)
-                self.pulls.serve()
+        for _ in range(2):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
+            if run := self.order.next():
+                self.out.add(run)
+            self.pulls.serve()
         if self.state.stopping and not self._exited and len(self.order) == 0 and not self.durability.saving:
             if self.durability.needed and not self.durability.gave_up:
                 self.durability.save()

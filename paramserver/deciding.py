@@ -149,6 +149,8 @@ class Deciding:
             self._order.add(Job(name, partial(self._start, decision, decided), partial(self._finish, decided)))
 
     def _start(self, decision: Callable[[Decisions], Decided], decided: list[Effect]) -> Work | None:
+        if self._state.model is None:  # forgotten since, and its members with it
+            return None
         shard = self._state.hosted.shard
         shard.decisions, effects = decision(shard.decisions)
         decided[:] = effects

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from common import LIBRARY
-from common.buffers import zeros
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
@@ -114,8 +113,9 @@ class Durability:
                 return None
             sources.update(self._arrays())
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.shape == sources[name].shape}
+            # pages of a fresh one come as the copy fills it, on the kernels' threads
             self._shadow = {
-                name: kept[name] if name in kept else zeros(source.size, np.float32).reshape(source.shape)
+                name: kept[name] if name in kept else np.empty(source.shape, np.float32)
                 for name, source in sources.items()
             }
             shard = self._state.hosted.shard

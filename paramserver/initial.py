@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-from common.buffers import zeros
 from common.codecs.base import U8
 from common.messages import Ack, Begin, Version
 from paramserver import intake
@@ -96,7 +95,7 @@ class InitialWeights:
             return None
         shard = self._state.hosted.shard
         intake.check_begin(begin, (shard.exact,), Version(self._state.epoch, 0))
-        self._data = zeros(shard.exact.bytes, np.uint8)
+        self._data = np.zeros(shard.exact.bytes, np.uint8)  # its pages come as chunks fill them, not all at once
         session.transfer = Transfer(
             begin, session.connection, self._state.now, received=bytearray(len(shard.exact.chunks))
         )

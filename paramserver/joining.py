@@ -4,6 +4,7 @@ Laws
 * A worker that comes back resumes its session: what was decided is told, what was cut off is freed.
 * A worker that cannot fit (layout, codec, optimizer, memory, number of sessions) is refused before it has moved a
   byte, with the sentence that helps.
+* Nobody is welcomed before there is room for it (`paramserver.room`); its Hello waits for that, and nothing else does.
 * A fresh server takes its model from the first worker, and forgets it when nobody stands for it any more.
 * Two live workers never go by the same name.
 """
@@ -15,16 +16,15 @@ from typing import Literal
 
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
-from common.messages import Hello, Scalar, Welcome
+from common.messages import Fault, Hello, Scalar, Welcome
 from common.rules.base import Member, OptimizerFacts
 from paramserver import memory
 from paramserver.downlink import Downlink
 from paramserver.initial import InitialWeights
+from paramserver.order import WorkOrder
+from paramserver.room import Room
 from paramserver.session import Session
-from paramserver.shard import Shard
-from paramserver.slots import Slots
-from paramserver.snapshots import Snapshots
-from paramserver.state import Hosted, Outbox, ServerState
+from paramserver.state import Outbox, ServerState
 from paramserver.uplink import Uplink
 
 NAME_CHARACTERS = 64
@@ -41,6 +41,7 @@ class Joining:
         state: ServerState,
         out: Outbox,
         token: Callable[[], str],
+        order: WorkOrder,
         initial: InitialWeights,
         uplink: Uplink,
         downlink: Downlink,
@@ -51,14 +52,17 @@ class Joining:
         self._initial = initial
         self._uplink = uplink
         self._downlink = downlink
+        self._room = Room(state, out, order, self._again)
 
     def hello(self, peer: bytes, hello: Hello) -> None:
-        """Answer Hello; raises PeerError where the answer is no."""
+        """Answer Hello, once there is room; raises PeerError where the answer is no."""
         state = self._state
         if state.stopping:
             raise PeerError(Code.DRAINING, "The server is stopping.", fix="Try again when it is back.")
         session = self._known(hello)
-        self._check_fit(hello, joined=session)
+        layout = self._check_fit(hello, joined=session)
+        if layout is not None and not self._has_room(peer, hello, session, layout):
+            return
         resumed: Literal["new", "live", "record"] = "new"
         how = "joined"
         if session is None:
@@ -69,8 +73,6 @@ class Joining:
             if not session.live:
                 self._check_room()
             self._reconnect(session, peer)
-        if state.model is not None:
-            state.model.slots.grow(len(state.members))
         lost = self._lost(hello, session)
         if not state.initialised:
             self._initial.enqueue(session)
@@ -121,25 +123,29 @@ class Joining:
         )
 
     def host(self, layout: Layout) -> None:
-        """Make center and pool for a model; raises PeerError where they do not fit."""
-        state, s = self._state, self._state.settings
+        """Make center and pool for a model, at once; raises PeerError where they do not fit."""
+        self._room.host(layout)
+
+    # Room
+
+    def _has_room(self, peer: bytes, hello: Hello, session: Session | None, layout: Layout) -> bool:
+        """Whether there is room for this worker beside the others; if not, its Hello waits until it is made."""
+        members = self._state.members
+        newcomer = session is None or not session.member
+        arrays = newcomer + sum(member.arrays is None for member in members)
+        workers = len(members) + newcomer
+        if self._room.made(layout, workers, arrays):
+            return True
+        self._check_room()
+        self._room.wait(peer, hello, layout, workers, arrays)
+        return False
+
+    def _again(self, peer: bytes, hello: Hello) -> None:
+        """A Hello that waited."""
         try:
-            plan = memory.plan(s, layout)
-        except ConfigError as error:
-            raise PeerError(Code.FULL, error.sentence, fix=error.fix) from None
-        shard = Shard(
-            layout,
-            state.rule,
-            state.config,
-            s.terms(),
-            codec=s.codec,
-            reply_codec=s.reply_codec,
-            epoch=state.epoch,
-        )
-        slots = Slots(plan.slots, max(up.bytes for up in shard.ups), max(down.bytes for down in shard.downs))
-        state.model = Hosted(shard, slots, Snapshots(shard.down.bytes))
-        workers = max(len(state.members), 1)
-        self._out.say("info", f"Model of {layout.parameters:,} parameters. {plan.sentence(workers)}")
+            self.hello(peer, hello)
+        except PeerError as error:
+            self._out.fault(peer, error)
 
     # Coming back
 
@@ -163,6 +169,10 @@ class Joining:
         self._downlink.cancel(session.token)
         if session.transfer is not None and not session.transfer.committed:
             self._uplink.drop(session)
+        if session.live and session.peer not in (b"", peer):
+            # mostly gone; but if this Hello was late and that connection the newer one, its worker must say Hello again
+            sentence = "This session goes on on another connection."
+            self._out.send(session.peer, Fault("", 0, str(Code.STALE), sentence, "Say Hello again.", 0))
         if not session.live and self._name_taken(session.worker):
             session.worker = self._free_name(session.worker)
         session.peer = peer
@@ -229,11 +239,12 @@ class Joining:
 
     # Fitting
 
-    def _check_fit(self, hello: Hello, *, joined: Session | None) -> None:
-        """Codecs, optimizer, layout and memory; an observer names its layout only where it has one."""
+    def _check_fit(self, hello: Hello, *, joined: Session | None) -> Layout | None:
+        """Codecs, optimizer, layout and memory; an observer names its layout only where it has one. The layout of a
+        worker, for which there must be room."""
         state = self._state
         if hello.role == "observer" and not hello.elements:
-            return
+            return None
         for codec in (state.settings.codec, state.settings.reply_codec):
             if codec not in hello.codecs:
                 raise PeerError(
@@ -253,12 +264,12 @@ class Joining:
                 f"This worker's model is not the one on the server. {state.model.shard.layout.difference(layout)}",
                 fix="Build the same model in every worker, or start a server of its own for this one.",
             )
-        if hello.role == "worker":
-            self._check_memory(layout, newcomers=joined is None or not joined.member)
-            if joined is None or not joined.enrolled:
-                self._check_group(hello)
-            if state.model is None:
-                self.host(layout)
+        if hello.role != "worker":
+            return None
+        self._check_memory(layout, newcomers=joined is None or not joined.member)
+        if joined is None or not joined.enrolled:
+            self._check_group(hello)
+        return layout
 
     def _check_group(self, hello: Hello) -> None:
         """Whether the rule would take it as a member: tried, and thrown away."""

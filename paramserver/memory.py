@@ -22,7 +22,11 @@ class MemoryPlan(NamedTuple):
     center: int
     rule_state: int
     per_session: int
+    arrays: int
+    """Of that, what the rule keeps."""
     slots: int
+    per_slot: int
+    snapshots: int
     pool: int
     saved: bool
     """Whether there is a checkpoint shadow: a second copy of center, rule state and sessions."""
@@ -55,7 +59,10 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
         center=FLOAT_BYTES * layout.elements,
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
+        arrays=session_vectors * vector,
         slots=count,
+        per_slot=up.bytes + down.bytes,
+        snapshots=snapshots,
         pool=count * (up.bytes + down.bytes) + snapshots,
         saved=settings.directory is not None,
     )

@@ -67,6 +67,7 @@ class Shard:
         parts = rule.fragments(config)
         self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        self._spare: list[Arrays] = []
         self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
 
     def __repr__(self) -> str:
@@ -76,8 +77,22 @@ class Shard:
         """How a fragment of a reply travels; None: all of it."""
         return self.down if fragment is None else self.downs[fragment]
 
+    @property
+    def spare_arrays(self) -> int:
+        """Sets of arrays that were made ahead."""
+        return len(self._spare)
+
     def session_arrays(self) -> Arrays:
-        """What the rule keeps for one session, all zero: a named tuple of (parameters,) float32."""
+        """What the rule keeps for one session, all zero: a named tuple of (parameters,) float32; one made ahead, where
+        there is any."""
+        return self._spare.pop() if self._spare else self.make_arrays()
+
+    def keep_spare(self, arrays: Arrays) -> None:
+        """For a session that is about to need them."""
+        self._spare.append(arrays)
+
+    def make_arrays(self) -> Arrays:
+        """The same, fresh. Changes nothing here, so any thread may do it."""
         return self.rule.session(self.config, self.overlap, self.layout.parameters, np.float32)
 
     def advance(self) -> None:

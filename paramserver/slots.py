@@ -46,11 +46,17 @@ class Slots:
         """Slots made so far."""
         return len(self._free) + len(self._taken)
 
-    def grow(self, workers: int) -> None:
-        """Make slots until each of so many workers can have one, within the limit."""
-        while self.count < min(workers, self.limit):
-            update, reply = zeros(self._update_bytes, np.uint8), zeros(self._reply_bytes, np.uint8)
-            self._free.append(Slot(self.count, update, reply))
+    def missing(self, workers: int) -> int:
+        """How many more slots are to be made until each of so many workers can have one, within the limit."""
+        return max(min(workers, self.limit) - self.count, 0)
+
+    def make(self) -> tuple[U8, U8]:
+        """Room for an update and a reply, to be added. Changes nothing here, so any thread may do it."""
+        return zeros(self._update_bytes, np.uint8), zeros(self._reply_bytes, np.uint8)
+
+    def add(self, update: U8, reply: U8) -> None:
+        """One more slot, of what `make` made."""
+        self._free.append(Slot(self.count, update, reply))
 
     @property
     def taken(self) -> int:

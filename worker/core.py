@@ -427,11 +427,14 @@ class WorkerCore:
 
     def _welcome(self, welcome: Welcome) -> None:
         m = self.membership
+        if self.phase == "leaving":
+            return
         if welcome.session == m.token and welcome.connection < m.connection:
             return  # of a connection that a later one has replaced: what it says of numbers is no longer so
         self._last_answer = self._now
         first_of_connection = (welcome.session, welcome.connection) != (m.token, m.connection)
-        if not first_of_connection and m.welcome is not None and m.welcome.init in (welcome.init, "have"):
+        heard_of = m.welcome is not None and m.welcome.init in (welcome.init, "have")
+        if not first_of_connection and (heard_of or self.phase == "joined"):
             return  # said before, or overtaken by newer news
         known_before = bool(m.token)
         m.welcome, m.worker = welcome, welcome.worker

@@ -42,12 +42,14 @@ from deploy.simulation.server import Server
 from paramserver import daemon, status
 from worker import loop
 from worker.core import WorkerCore
-from worker.driver import SWITCH_INTERVAL_S, Machine
+from worker.driver import Machine
 from worker.loop import OnStep, WorkerReport
 
 T = TypeVar("T")
 
 ADDRESS = "tcp://simulated:1"
+SWITCH_INTERVAL_S = 0.0001
+"""How long Python lets one thread hold the interpreter: the thread that computes is the one that all wait for."""
 EVENTS_PER_LOOK = 64
 """Between two looks at whether all is done, and at whether to show progress."""
 SHOW_S = 0.2
