@@ -60,9 +60,9 @@ def test_replication_lowers_the_bound_and_the_estimate_is_near_it() -> None:
     torch.set_num_threads(1)
     passed = list(tasks.load("digits").make(Context()).batches)
     pool = diversity.Data(torch.cat([x for x, _ in passed]), torch.cat([y for _, y in passed]))
-    model = diversity.trained(diversity.replicated(pool, 1, 0), 64, 3, 0)
+    model = diversity.trained(diversity.replicated(pool, 1, 0), diversity.SMALL, 3, 0)
     bounds = []
-    for r in (1, 4, 16):
+    for r in (1, 16):
         data = diversity.replicated(pool, r, 0)
         assert len(data.y) == diversity.SAMPLES
         assert len(data.x.unique(dim=0)) == diversity.SAMPLES // r

@@ -238,6 +238,22 @@ def test_older_news_about_weights_does_not_undo_newer() -> None:
     assert bench.told((Push, Begin))
 
 
+@pytest.mark.parametrize("init", ["wait", "send"])
+def test_older_news_about_weights_does_not_undo_that_they_were_taken(init: str) -> None:
+    """The Ack of the initial weights says that they are there, before any Welcome does."""
+    bench = Bench()
+    bench.hears(bench.welcome(init="send"))
+    bench.does(worker.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
+    bench.hears(Ack("s", 1, 0, "applied", "", "", Version(1, 0), Version(0, 0), 1.0, False, 1))
+    bench.anchor()
+    bench.told()
+    bench.news()
+    bench.hears(bench.welcome(init="wait"), bench.welcome(init=init))
+    assert not bench.news()
+    bench.pushes()
+    assert bench.told((Push, Begin))
+
+
 @pytest.mark.parametrize("code", ["layout_mismatch", "full", "unknown_codec", "optimizer", "of the future"])
 def test_refusal_at_the_door_is_final_and_told(code: str) -> None:
     bench = Bench()
@@ -386,6 +402,54 @@ def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
         bench.pushes(Version(1, 1))
         [push] = bench.told()
         assert push.begin.number == expected
+
+
+@pytest.mark.parametrize("resumed", ["new", "record", "live"])
+def test_welcome_that_a_later_connection_overtook_changes_nothing(resumed: str) -> None:
+    """Two Hellos were answered, and the older answer comes last: its numbers, and its connection, are no more."""
+    bench = Bench()
+    bench.hears(bench.welcome(connection=2))
+    bench.anchor(connection=2)
+    bench.pushes()
+    bench.ack(1, Version(1, 1), connection=2)
+    bench.pushes(Version(1, 1))
+    bench.told()
+    bench.news()
+    bench.hears(bench.welcome(connection=1, resumed=resumed))
+    assert not bench.told()
+    assert not bench.news()
+    bench.ack(2, Version(1, 2), connection=2)
+    assert [settled.number for settled in bench.news(worker.Settled)] == [2]
+    bench.pushes(Version(1, 2))
+    assert [(push.begin.number, push.begin.connection) for push in bench.told(Push)] == [(3, 2)]
+
+
+@pytest.mark.parametrize("resumed", ["live", "record"])
+def test_number_that_the_server_is_beyond_is_settled_and_never_used_again(resumed: str) -> None:
+    """Whatever led to it: a push below the last decided number is never answered, so it must not be repeated."""
+    bench = joined()
+    bench.pushes()
+    bench.does(worker.LinkLost())
+    bench.told()
+    bench.news()
+    bench.hears(bench.welcome(connection=2, resumed=resumed, last_decided=5, outcome="applied"))
+    assert [(o.number, o.pushed) for o in bench.news(worker.Orphaned)] == [(1, True)]
+    assert [type(message) for message in bench.told()] == [Pull]
+    bench.anchor(Version(1, 5), connection=2)
+    bench.pushes(Version(1, 5))
+    assert [push.begin.number for push in bench.told(Push)] == [6]
+
+
+@pytest.mark.parametrize("resumed", ["new", "record"])
+def test_numbers_of_another_session_say_nothing_of_this_one(resumed: str) -> None:
+    """The first Welcome of a new session was lost; the second calls it known, by its instance. Nothing was decided in
+    it, which does not show that the push of the old session was never applied."""
+    bench = joined()
+    bench.pushes()
+    bench.does(worker.LinkLost())
+    bench.news()
+    bench.hears(bench.welcome(session="another", connection=3, resumed=resumed))
+    assert [(o.number, o.pushed) for o in bench.news(worker.Orphaned)] == [(1, True)]
 
 
 def test_push_that_crosses_the_news_of_an_anchor_is_taken_back() -> None:
@@ -659,6 +723,17 @@ def test_leaving_ends_within_a_second_whether_heard_or_not(server: str) -> None:
     assert bench.core.deadline() is None
     bench.does(worker.Dialled())
     assert not bench.told(Hello)
+
+
+def test_leaving_ends_also_where_a_welcome_crosses_the_goodbye() -> None:
+    bench = Bench()
+    bench.hears(bench.welcome(init="wait"))
+    bench.does(worker.Leave("done"))
+    bench.told()
+    bench.hears(bench.welcome(init="have"))
+    assert not bench.told()
+    bench.wait(1.01)
+    assert bench.news(worker.Left)
 
 
 def test_server_that_stops_is_away_until_it_is_back() -> None:
