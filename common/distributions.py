@@ -2,7 +2,7 @@
 
     constant:A          always A seconds; a number alone means the same
     uniform:A,B         between A and B
-    normal:MEAN,SD      cut off below a tenth of the mean, for nothing takes no time
+    normal:MEAN,SD      never below a tenth of MEAN, for nothing takes no time; so on average a little more than MEAN
     lognormal:MEDIAN,S  S: standard deviation of the logarithm, a bare number
     exponential:MEAN    memoryless, as arrivals at a queue are
 
@@ -79,7 +79,11 @@ def _uniform(low: float, high: float) -> tuple[float, Callable[[float], float]]:
 
 
 def _normal(mean: float, sd: float) -> tuple[float, Callable[[float], float]]:
-    return mean, lambda p: max(mean + sd * _STANDARD.inv_cdf(max(p, _EDGE)), LEAST_SHARE * mean)
+    least = LEAST_SHARE * mean
+    z = (mean - least) / sd if sd else math.inf
+    # E[max(X, least)] - E[X] = sd (phi(z) - z Phi(-z))
+    cut_off = sd * (_STANDARD.pdf(z) - z * _STANDARD.cdf(-z)) if sd else 0.0
+    return mean + cut_off, lambda p: max(mean + sd * _STANDARD.inv_cdf(max(p, _EDGE)), least)
 
 
 def _lognormal(median: float, s: float) -> tuple[float, Callable[[float], float]]:
@@ -115,7 +119,10 @@ def parse(text: str, what: str) -> Distribution:
     ]
     if name == "uniform" and values[0] > values[1]:
         raise ConfigError(f"{what}: '{text}' ends before it starts.", fix="Write the smaller duration first.")
-    return Distribution(text.strip(), *family.make(*values))
+    made = Distribution(text.strip(), *family.make(*values))
+    if not made.mean_s <= LIMIT_S:
+        raise ConfigError(f"{what}: '{text}' is {made.mean_s:g} s on average, over {LIMIT_S:g} s.", fix=forms)
+    return made
 
 
 def seconds(text: str, what: str) -> float:

@@ -6,11 +6,14 @@
 
 Laws
 * Nothing reads a clock. Everything random comes from a `Chance` that is given; so one seed is one run, bit for bit.
-* What happens at the same time happens in the order in which it was arranged.
+* What happens at the same time happens in the order in which it was arranged; what is called off leaves no trace.
 * Nodes meet only as encoded frames. A link that may double or delay carries copies, made when sent; any other carries
   the buffers themselves, which senders must not change until they are released or answered.
+* Messages of one way keep their order, but for those that are late on purpose. A pipe is idle only when nothing waits
+  for it.
 * A buffer sent under a hold is released once no copy of it is on its way any more.
 * A node that asks for Ticks without end, or a world in which time stands still, is an error and no endless loop.
+* The dead take nothing in and do nothing more; what they had sent may still arrive.
 
 Left out: what the nodes are, and faults that are more than a link's (`deploy.simulation`, and the tests' own).
 """
@@ -22,7 +25,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.distributions import Chance, Distribution, expovariate
 from common.messages import Buffer
@@ -31,6 +34,10 @@ from common.transports.base import SERVER
 
 EVENTS_AT_ONCE = 100_000
 """So many events without any time passing are a world that turns without end."""
+TICKS_AT_ONCE = 1_000
+"""So many Ticks after which a node at once wants another are a node that turns without end."""
+CALLED_OFF = 64
+"""So many entries that were called off may lie on the agenda, and as many as there are others."""
 LATE_S = 1e-6
 """A timer is never early, and always a little late."""
 OVERTAKEN = 10.0
@@ -51,26 +58,45 @@ class World:
         """Seconds."""
         self.events = 0
         """Happened so far."""
-        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._agenda: list[tuple[float, int]] = []
+        """A heap of when, and under which number; what was called off stays until it is the next, or too much."""
+        self._acts: dict[int, Callable[[], None]] = {}
         self._count = itertools.count(1)
         self._at_once = 0
 
     def __repr__(self) -> str:
-        return f"<World at {self.now:g} s, {self.events:,} events, {len(self._agenda):,} to come>"
+        return f"<World at {self.now:g} s, {self.events:,} events, {len(self._acts):,} to come>"
 
-    def after(self, delay_s: float, act: Callable[[], None]) -> None:
-        """Do `act` in so many seconds."""
-        heapq.heappush(self._agenda, (self.now + delay_s, next(self._count), act))
+    def at(self, time_s: float, act: Callable[[], None]) -> int:
+        """Do `act` at that time, or next where it has passed; returns the number under which it is called off."""
+        number = next(self._count)
+        self._acts[number] = act
+        heapq.heappush(self._agenda, (max(self.now, time_s), number))
+        return number
 
-    def step(self) -> bool:
-        """Let the next thing happen; False where nothing is to come. Raises RuntimeError where time stands still."""
-        if not self._agenda:
+    def after(self, delay_s: float, act: Callable[[], None]) -> int:
+        """Do `act` in so many seconds; returns the number under which it is called off."""
+        return self.at(self.now + delay_s, act)
+
+    def call_off(self, number: int) -> None:
+        """Let it not happen; where it has happened, nothing."""
+        if self._acts.pop(number, None) and len(self._agenda) > 2 * len(self._acts) + CALLED_OFF:
+            self._agenda = [entry for entry in self._agenda if entry[1] in self._acts]
+            heapq.heapify(self._agenda)
+
+    def step(self, until_s: float = float("inf")) -> bool:
+        """Let the next thing happen; False where nothing is to come until then. Raises RuntimeError where time stands
+        still."""
+        while self._agenda and self._agenda[0][1] not in self._acts:
+            heapq.heappop(self._agenda)
+        if not self._agenda or self._agenda[0][0] > until_s:
             return False
-        at, _, act = heapq.heappop(self._agenda)
-        self._at_once = self._at_once + 1 if at <= self.now else 0
+        at, number = heapq.heappop(self._agenda)
+        act = self._acts.pop(number)
+        self._at_once = self._at_once + 1 if at == self.now else 0
         if self._at_once >= EVENTS_AT_ONCE:
             raise RuntimeError(f"{EVENTS_AT_ONCE:,} events, and it is still {self.now:g} s: {self!r}, next {act!r}")
-        self.now = max(at, self.now)
+        self.now = at
         self.events += 1
         act()
         return True
@@ -78,19 +104,25 @@ class World:
     def run_for(self, seconds: float) -> None:
         """Let so much time pass."""
         end = self.now + seconds
-        while self._agenda and self._agenda[0][0] <= end:
-            self.step()
+        while self.step(end):
+            pass
         self.now = end
 
 
 class Host:
-    """Drives one node: events in, actions to `do`, a Tick at each deadline. Once dead it takes nothing more."""
+    """Drives one node: events in, actions to `do`, a Tick at each deadline. Once dead it takes nothing more.
+
+    check: validate the node after each event.
+    """
 
     def __init__(self, world: World, node: Node, do: Callable[[Any], None], *, check: bool = False) -> None:
         self.world, self.node, self.dead = world, node, False
         self._do, self._check = do, check
         self._wake_at = float("inf")
-        self._waking = 0
+        self._timer = 0
+        """Its number on the agenda."""
+        self._ticks = 0
+        """So many in a row after each of which another was wanted at once."""
 
     def __repr__(self) -> str:
         return f"<Host{' (dead)' if self.dead else ''} of {self.node!r}>"
@@ -115,25 +147,28 @@ class Host:
     def die(self) -> None:
         """As with kill -9."""
         self.dead = True
+        self.world.call_off(self._timer)
 
     def _set_timer(self) -> None:
-        """A Tick at the deadline; deadlines mostly move away, so one that is set stays, and looks again when it comes."""
-        deadline = self.node.deadline()
-        if self.dead or deadline is None or deadline >= self._wake_at:
-            return
-        self._wake_at = deadline
-        self._waking += 1
-        self.world.after(max(deadline - self.world.now, 0.0) + LATE_S, partial(self._wake, self._waking))
+        """A Tick at the deadline. Deadlines mostly move away: one that is set stays, and looks again when it comes."""
+        deadline, now = self.node.deadline(), self.world.now
+        if deadline is None or deadline > now + LATE_S:
+            self._ticks = 0
+        if not self.dead and deadline is not None and deadline < self._wake_at:
+            self.world.call_off(self._timer)
+            self._wake_at = deadline
+            self._timer = self.world.at(max(deadline, now) + LATE_S, self._wake)
 
-    def _wake(self, waking: int) -> None:
-        if self.dead or waking != self._waking:
-            return
+    def _wake(self) -> None:
         self._wake_at = float("inf")
         deadline = self.node.deadline()
-        if deadline is not None and deadline > self.world.now:
-            self._set_timer()
-        else:
+        self._ticks += 1
+        if self._ticks > TICKS_AT_ONCE:
+            raise RuntimeError(f"{self!r} wants Ticks without end: at {self.world.now:g} s one for {deadline:g} s")
+        if deadline is not None and deadline <= self.world.now:
             self.handle(Tick())
+        else:
+            self._set_timer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +206,18 @@ class Pipe:
         return self._free_at
 
 
+UP, DOWN = 0, 1
+
+
+class _Message(NamedTuple):
+    way: int
+    frames: Sequence[Buffer]
+    reach: Callable[[Sequence[Buffer]], None]
+    """Called when a copy arrives."""
+    read: Callable[[], None] | None = None
+    """Called when its buffers are no longer read."""
+
+
 class Link:
     """One connection: made by a dial, never used again after it broke. `peer`: its name on the server's side.
 
@@ -192,9 +239,12 @@ class Link:
         """Messages that were given to it, and what became of them."""
         self._world, self._conditions, self._chance = world, conditions, chance
         self._server = server
-        self._pipes = Pipe(conditions.bytes_per_s), Pipe(conditions.bytes_per_s)
-        self._shared = shared
+        own = Pipe(conditions.bytes_per_s), Pipe(conditions.bytes_per_s)
+        ways = (own[UP], shared[UP]), (shared[DOWN], own[DOWN])
+        self._pipes = [[pipe for pipe in way if pipe.bytes_per_s] for way in ways]
+        """Of each way, those that a message passes, in order."""
         self._last = [0.0, 0.0]
+        self._left = False
 
     def __repr__(self) -> str:
         state = "open" if self.open else "broken"
@@ -204,53 +254,73 @@ class Link:
         """From the worker to the server as it is now; one that starts meanwhile hears nothing of it."""
         server = self._server()
         if self.open and server is not None:
-            frames, times = self._travel(0, frames)
-            for at in times:
-                self._world.after(at - self._world.now, partial(self._reach_server, server, frames))
+            self._send(_Message(UP, frames, partial(self._reach_server, server)))
 
     def down(self, server: Host, frames: Sequence[Buffer], hold: int) -> None:
         """From the server to the worker; Released and Unsendable go to the server."""
-        if not self.open:
+        if self.open:
+            read = partial(self.read, server, hold) if hold else None
+            self._send(_Message(DOWN, frames, self._reach_worker, read))
+        else:
             unsent(server, self.peer, hold)
-            return
-        frames, times = self._travel(1, frames)
-        for at in times:
-            self._world.after(at - self._world.now, partial(self._reach_worker, frames))
-        if hold:
-            self._world.after(max(times, default=self._world.now) - self._world.now, partial(self.read, server, hold))
 
     def read(self, server: Host, hold: int) -> None:
         """Nothing that was sent under this hold is read any more."""
         server.handle(Released(hold))
+
+    def read_at(self, arrivals_s: Sequence[float]) -> float:
+        """When the buffers of a message, whose copies arrive then, are no longer read: with the last of them."""
+        return max(arrivals_s, default=self._world.now)
 
     def cut(self, lost: Any) -> None:
         """Break. The worker hears of it, as the event `lost`, or only silence tells."""
         if self.open:
             self.open = False
             if self._chance.random() < HEARD_OF:
-                self.worker.soon(lost)
+                self._world.after(0.0, partial(self._hear, lost))
 
-    def _travel(self, way: int, frames: Sequence[Buffer]) -> tuple[Sequence[Buffer], list[float]]:
-        """The frames as they are on the way, and when each copy of them arrives."""
-        c, chance, world = self._conditions, self._chance, self._world
+    def close(self) -> None:
+        """The worker leaves it, and hears nothing more of it."""
+        self.open, self._left = False, True
+
+    def _hear(self, lost: Any) -> None:
+        if not self._left:
+            self.worker.handle(lost)
+
+    def _send(self, message: _Message) -> None:
         self.carried += 1
-        through = world.now
-        if c.bytes_per_s or self._shared[way].bytes_per_s:
-            size = sum(memoryview(frame).nbytes for frame in frames)
-            through = self._shared[way].pass_through(self._pipes[way].pass_through(world.now, size), size)
-        if not c.faulty:
-            self._last[way] = at = max(through + c.latency.draw(chance), self._last[way])
-            return frames, [at]
-        draw = chance.random()
+        if self._conditions.faulty:
+            message = message._replace(frames=[bytes(frame) for frame in message.frames])
+        self._enter(self._pipes[message.way], message)
+
+    def _enter(self, pipes: Sequence[Pipe], message: _Message) -> None:
+        """Into the first of these pipes, once it has come so far: none that is still elsewhere keeps a place in it."""
+        through = self._world.now
+        if pipes:
+            through = pipes[0].pass_through(through, sum(memoryview(frame).nbytes for frame in message.frames))
+        if len(pipes) > 1:
+            self._world.at(through, partial(self._enter, pipes[1:], message))
+            return
+        arrivals = [self._arrival(message.way, through) for _ in range(self._copies())]
+        for at in arrivals:
+            self._world.at(at, partial(message.reach, message.frames))
+        if message.read is not None:
+            self._world.at(self.read_at(arrivals), message.read)
+
+    def _copies(self) -> int:
+        c = self._conditions
+        if not (c.loss or c.duplicate):
+            return 1
+        draw = self._chance.random()
         copies = 0 if draw < c.loss else 2 if draw > 1 - c.duplicate else 1
         self.lost += copies == 0
         self.doubled += copies == 2
-        return [bytes(frame) for frame in frames], [self._arrival(way, through) for _ in range(copies)]
+        return copies
 
     def _arrival(self, way: int, through: float) -> float:
         c, chance = self._conditions, self._chance
         at = through + c.latency.draw(chance)
-        if chance.random() < c.reorder:
+        if c.reorder and chance.random() < c.reorder:
             return at + expovariate(chance, OVERTAKEN * max(c.latency.mean_s, LEAST_DELAY_S))
         self._last[way] = at = max(at, self._last[way])
         return at

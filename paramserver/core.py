@@ -9,8 +9,8 @@ Laws
 * (epoch, version) only grows.
 
 This file is the door: it finds the session a message belongs to, hands it to the part whose business it is, and lets
-time pass. The parts: `joining`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `durability`; what
-they share is `state`.
+time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `durability`;
+what they share is `state`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A cluster in memory and in virtual time: the real cores, a link between each pair, and faults drawn from one seed.
+"""A cluster in memory, on the engine of `paramserver simulate`: the real cores, and faults drawn from one seed.
 
     cluster = Cluster(seed=7, faults=Faults(loss=0.1))
     cluster.run()
@@ -20,22 +20,22 @@ is the test, and a worker that says what it is told to. Left out: sockets, threa
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import chunks, codecs, rules, wire
+from common import chunks, codecs, distributions, rules, wire
 from common.codecs.base import BLOCK_ELEMENTS, F32
 from common.config import ServerSettings
+from common.distributions import expovariate
 from common.layout import Layout, Tensor
 from common.messages import (
     NOWHERE,
@@ -58,16 +58,11 @@ from common.messages import (
     Version,
     Welcome,
 )
-from common.node import JobDone, Received, Released, Run, Send, Tick, Unsendable
-from common.transports.base import SERVER
+from common.node import JobDone, Node, Received, Released, Run, Send, Tick
+from common.simulator import EVENTS_AT_ONCE, LATE_S, Conditions, Host, Link, Pipe, World, unsent
 from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
 from worker import core as worker
 from worker.core import WorkerCore
-
-EVENTS_AT_ONCE = 10_000
-"""So many events without any time passing are a core that turns without end."""
-LATE_S = 1e-6
-"""A timer is never early, and always a little late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +111,60 @@ class Counting:
         return slots
 
 
-@dataclass(slots=True)
-class Link:
-    """One connection: made by a dial, never used again after it broke."""
+class CheckedLink(Link):
+    """A link on which every message is a copy that the wire can read, and no buffer changes before it is released.
 
-    peer: bytes
-    trainer: Trainer
-    open: bool = True
-    last: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
+    The transport may have read a buffer long before its message arrives, or long after.
+    """
+
+    def __init__(self, cluster: Cluster, worker: Host, peer: bytes) -> None:
+        unlimited = Pipe(0.0), Pipe(0.0)
+        super().__init__(
+            cluster.world, cluster.conditions, cluster.random, worker, lambda: cluster.host, peer, unlimited
+        )
+        self._cluster = cluster
+        self._reading: defaultdict[int, deque[tuple[Sequence[Buffer], list[bytes]]]] = defaultdict(deque)
+        """Hold -> of each message under it the buffers, and what they held when they were sent."""
+
+    def up(self, frames: Sequence[Buffer]) -> None:
+        super().up(_copied(frames))
+
+    def down(self, server: Host, frames: Sequence[Buffer], hold: int) -> None:
+        copies = _copied(frames)
+        if hold and self.open:
+            self._reading[hold].append((frames, copies))
+        super().down(server, copies, hold)
+
+    def read_at(self, arrivals_s: Sequence[float]) -> float:
+        return self._cluster.now + expovariate(self._cluster.random, self._cluster.faults.delay_s)
+
+    def read(self, server: Host, hold: int) -> None:
+        for frames, copies in self._reading[hold]:
+            assert copies == [bytes(frame) for frame in frames], "a buffer changed while the transport read it"
+        self._reading[hold].popleft()  # whichever it was: a core cannot tell
+        super().read(server, hold)
+
+
+def _copied(frames: Sequence[Buffer]) -> list[bytes]:
+    copies = [bytes(frame) for frame in frames]
+    wire.decode(copies)
+    return copies
 
 
 class Trainer:
-    """One worker's training loop as a script, its core, and what it was told."""
+    """One worker's training loop as a script, its core, and what it was told.
+
+    As a node it is its core, but that it notes what the wire tells.
+    """
 
     def __init__(self, cluster: Cluster, row: int) -> None:
         self.cluster, self.row = cluster, row
         self.core = WorkerCore(
             name=f"w{row}", instance=f"instance-{row}", library="test", layout=cluster.model.layout, optimizer=None
         )
+        self.host = Host(cluster.world, self, self.do, check=True)
         self.link = cluster.dialled(self)
-        self.away, self.reanchoring, self.finished, self.dead = False, True, False, False
+        self.away, self.reanchoring, self.finished = False, True, False
         self.in_flight: int | None = None
         self.again: deque[int] = deque()
         self.next = 0
@@ -158,16 +187,47 @@ class Trainer:
         return f"<w{self.row} {state}, {len(self.applied)} applied, {len(self.rejected)} rejected, {self.core!r}>"
 
     @property
+    def dead(self) -> bool:
+        """Whether it was killed."""
+        return self.host.dead
+
+    @property
     def done(self) -> bool:
         """Whether every update was settled, or this trainer ended."""
         left = self.again or self.in_flight is not None or self.next < self.cluster.model.shape[1]
         return self.dead or self.finished or not left
 
+    def handle(self, event: Any, now: float) -> list[Any]:
+        """The core's, after noting what the wire tells."""
+        if isinstance(event, Received):
+            self.hears(event.frames)
+        return self.core.handle(event, now)
+
+    def deadline(self) -> float | None:
+        """The core's."""
+        return self.core.deadline()
+
+    def validate(self) -> None:
+        """The core's."""
+        self.core.validate()
+
+    def do(self, action: Any) -> None:
+        """What the core wants done."""
+        match action:
+            case Send(_, frames):
+                self.link.up(frames)
+            case worker.Redial():
+                self.link.close()
+                self.link = self.cluster.dialled(self)
+                self.host.soon(worker.Dialled())
+            case worker.Deliver(news):
+                self.take(news)
+
     def train(self) -> None:
         """A few local steps, then push where that makes sense."""
         if self.dead or self.failed or self.finished:
             return
-        self.cluster.after(self.cluster.random.expovariate(1 / self.cluster.train_s), self.train)
+        self.cluster.after(expovariate(self.cluster.random, self.cluster.train_s), self.train)
         if self.away or self.reanchoring or self.in_flight is not None or self.done:
             return
         s = self.again.popleft() if self.again else self.next
@@ -270,21 +330,22 @@ class Cluster:
     ) -> None:
         self.seed, self.faults, self.job_s, self.train_s, self.trainer = seed, faults, job_s, train_s, trainer
         self.random = random.Random(seed)
-        self.now = 0.0
+        self.world = World()
         self.model = Counting(4 * workers, updates, guard)
         defaults = {"directory": Path("unused"), "checkpoint_interval_s": 1.0, "lease_s": 6.0, "init_timeout_s": 2.0}
         self.settings = ServerSettings.model_validate(defaults | (settings or {}))
         self.disk: Save | None = None
         self.recoveries: dict[int, Version] = {}
         """Epoch -> the version it was recovered from."""
-        self.links: dict[bytes, Link] = {}
+        latency = distributions.parse(f"exponential:{faults.delay_s}", "delay_s")
+        self.conditions = Conditions(latency, 0.0, faults.loss, faults.duplicate, faults.reorder, cuts=True)
+        self.links: dict[bytes, CheckedLink] = {}
+        """All that there ever were."""
         self.exited = False
         self.crashes = 0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count(1)
-        self._wakes: dict[Any, int] = {}
-        self._at_once = 0
         self.server: ServerCore | None = None
+        self.host: Host | None = None
         self.start_server(epoch=1)
         self.trainers: list[Trainer] = []
         for _ in range(workers):
@@ -299,30 +360,24 @@ class Cluster:
 
     # Time
 
+    @property
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self.world.now
+
     def after(self, delay_s: float, act: Callable[[], None]) -> None:
         """Do `act` in so many seconds."""
-        heapq.heappush(self._events, (self.now + delay_s, next(self._count), act))
-
-    def step(self) -> None:
-        """The next thing happens."""
-        at, _, act = heapq.heappop(self._events)
-        self._at_once = self._at_once + 1 if at == self.now else 0
-        assert self._at_once < EVENTS_AT_ONCE, f"time stands still: {self.server!r}, {self.trainers}"
-        self.now = at
-        act()
+        self.world.after(delay_s, act)
 
     def run_for(self, seconds: float) -> None:
         """Let so much time pass."""
-        end = self.now + seconds
-        while self._events and self._events[0][0] <= end:
-            self.step()
-        self.now = end
+        self.world.run_for(seconds)
 
     def run(self, limit_s: float = 300.0) -> None:
         """Run until every trainer is done; raises AssertionError that says who is not, after `limit_s`."""
         end = self.now + limit_s
-        while not self.all_done and self.now < end:
-            self.step()
+        while not self.all_done and self.now < end and self.world.step():
+            pass
         assert self.all_done, f"not done after {limit_s:g} s: {self.trainers}, {self.server!r}"
         self.run_for(2 * self.settings.lease_s)  # no fault happens any more, and everybody is back
 
@@ -337,15 +392,9 @@ class Cluster:
         def happen() -> None:
             if not self.all_done:
                 fault()
-                self.after(self.random.expovariate(1 / every_s), happen)
+                self.after(expovariate(self.random, every_s), happen)
 
-        self.after(self.random.expovariate(1 / every_s), happen)
-
-    def _wake_at(self, owner: Any, deadline: float | None, tick: Callable[[], None]) -> None:
-        """Call `tick` at `deadline`, unless another deadline of `owner` replaces this one."""
-        self._wakes[owner] = mine = next(self._count)
-        if deadline is not None:
-            self.after(max(deadline - self.now, 0.0) + LATE_S, lambda: tick() if self._wakes[owner] == mine else None)
+        self.after(expovariate(self.random, every_s), happen)
 
     # Workers
 
@@ -359,26 +408,11 @@ class Cluster:
 
     def work(self, trainer: Trainer, event: Any) -> None:
         """One event through a worker's core, and what it wants done."""
-        if trainer.dead:
-            return
-        core = trainer.core
-        actions = core.handle(event, self.now)
-        core.validate()
-        for action in actions:
-            match action:
-                case Send(_, frames, hold):
-                    self._carry(trainer.link, True, frames, hold)
-                case worker.Redial():
-                    self._drop(trainer.link)
-                    trainer.link = self.dialled(trainer)
-                    self.after(0.0, partial(self.work, trainer, worker.Dialled()))
-                case worker.Deliver(news):
-                    trainer.take(news)
-        self._wake_at(trainer.row, core.deadline(), partial(self.work, trainer, Tick()))
+        trainer.host.handle(event)
 
-    def dialled(self, trainer: Trainer) -> Link:
+    def dialled(self, trainer: Trainer) -> CheckedLink:
         """A fresh connection, under a name that was never used."""
-        link = Link(b"peer-%d" % next(self._count), trainer)
+        link = CheckedLink(self, trainer.host, b"peer-%d" % next(self._count))
         self.links[link.peer] = link
         return link
 
@@ -390,36 +424,38 @@ class Cluster:
         if self.disk is not None:
             recovered = recovered_from(self.disk)
             self.recoveries[epoch] = self.disk.version
-        self.server = core = ServerCore(
+        core = ServerCore(
             self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(self._count)}", recovered=recovered
         )
-        self._serve(core, core.start(self.now))
+        self.live(core, core, core.start(self.now))
 
-    def serve(self, event: Any, core: ServerCore | None = None) -> None:
-        """One event through the server's core, and what it wants done. Events of an earlier life come to nothing."""
-        server = self.server
-        if server is None or self.exited or core not in (None, server):
-            return
-        self._serve(server, server.handle(event, self.now))
+    def live(self, core: ServerCore, node: Node, actions: Sequence[Any]) -> None:
+        """Have `core` be the server, through `node`; `actions`: what its start wants done."""
+        self.server = core
+        self.host = host = Host(self.world, node, lambda action: self._do(host, action), check=True)
+        host.carry_out(actions)
 
-    def _serve(self, core: ServerCore, actions: list[Any]) -> None:
-        core.validate()
-        for action in actions:
-            match action:
-                case Send(peer, frames, hold):
-                    if link := self.links.get(peer):
-                        self._carry(link, False, frames, hold)
-                    else:
-                        self._unsent(core, peer, hold)
-                case Run():
-                    self._run(core, action)
-                case Save():
-                    self._save(core, action)
-                case Exit():
-                    self.exited = True
-        self._wake_at("server", core.deadline(), partial(self.serve, Tick(), core))
+    def serve(self, event: Any) -> None:
+        """One event through the server's core, and what it wants done; while there is none, nothing."""
+        if self.host is not None:
+            self.host.handle(event)
 
-    def _run(self, core: ServerCore, job: Run) -> None:
+    def _do(self, host: Host, action: Any) -> None:
+        match action:
+            case Send(peer, frames, hold):
+                if link := self.links.get(peer):
+                    link.down(host, frames, hold)
+                else:
+                    unsent(host, peer, hold)
+            case Run():
+                self._run(host, action)
+            case Save():
+                self._save(host, action)
+            case Exit():
+                self.exited = True
+                host.die()
+
+    def _run(self, host: Host, job: Run) -> None:
         edges = sorted({0, job.parts, *(self.random.randrange(job.parts) for _ in range(3))})
         ranges = list(itertools.pairwise(edges))
         results: dict[tuple[int, int], Any] = {}
@@ -429,27 +465,27 @@ class Cluster:
                 results[first, last] = job.work(first, last, np.full(BLOCK_ELEMENTS, np.nan, np.float32))
 
         def end() -> None:
-            if self.server is core:
+            if not host.dead:
                 work(ranges[half:])
-                self.serve(JobDone(job.job, [results[part] for part in ranges]), core)
+                host.handle(JobDone(job.job, [results[part] for part in ranges]))
 
         half = self.random.randrange(len(ranges) + 1)
         work(ranges[:half])
-        self.after(self.random.expovariate(1 / self.job_s), end)
+        self.after(expovariate(self.random, self.job_s), end)
 
-    def _save(self, core: ServerCore, save: Save) -> None:
+    def _save(self, host: Host, save: Save) -> None:
         before = {name: array.tobytes() for name, array in save.arrays.items()}
         seconds = self.random.uniform(0.0, 0.1)
 
         def written() -> None:
-            if self.server is not core:
+            if host.dead:
                 return
             assert before == {name: array.tobytes() for name, array in save.arrays.items()}, "a saved array changed"
             if self.random.random() < self.faults.failed_saves:
-                self.serve(SaveFailed("The disk is full."), core)
+                host.handle(SaveFailed("The disk is full."))
                 return
             self.disk = Save(save.version, {name: array.copy() for name, array in save.arrays.items()}, save.record)
-            self.serve(Saved(save.version, seconds), core)
+            host.handle(Saved(save.version, seconds))
 
         self.after(seconds, written)
 
@@ -461,59 +497,11 @@ class Cluster:
         """Whether a version the server once had is part of the history of the server as it is now."""
         return all(version <= kept for epoch, kept in self.recoveries.items() if epoch > version.epoch)
 
-    # Links
-
-    def _carry(self, link: Link, upward: bool, frames: Sequence[Buffer], hold: int) -> None:
-        """Take frames as they are now to the other end, or do what can go wrong."""
-        copies = [bytes(frame) for frame in frames]
-        wire.decode(copies)
-        if not link.open:
-            if not upward and self.server is not None:
-                self._unsent(self.server, link.peer, hold)
-            return
-        if hold:
-            read = partial(self._release, copies, frames, hold, self.server)
-            self.after(self.random.expovariate(1 / self.faults.delay_s), read)
-        draw = self.random.random()
-        for _ in range(0 if draw < self.faults.loss else 2 if draw > 1 - self.faults.duplicate else 1):
-            at = self.now + self.random.expovariate(1 / self.faults.delay_s)
-            if self.random.random() < self.faults.reorder:
-                at += self.random.expovariate(1 / (10 * self.faults.delay_s))
-            else:
-                link.last[upward] = at = max(at, link.last[upward])
-            self.after(at - self.now, partial(self._arrive, link, upward, copies, self.server))
-
-    def _arrive(self, link: Link, upward: bool, frames: list[bytes], server: ServerCore | None) -> None:
-        if upward:
-            # what was on its way when the connection broke may still arrive
-            if server is self.server and (link.open or self.random.random() < 0.5):
-                self.serve(Received(link.peer, frames))
-        elif link.open and link.trainer.link is link and not link.trainer.dead:
-            link.trainer.hears(frames)
-            self.work(link.trainer, Received(SERVER, frames))
-
-    def _release(self, copies: list[bytes], frames: Sequence[Buffer], hold: int, core: ServerCore | None) -> None:
-        assert copies == [bytes(frame) for frame in frames], "a buffer changed while the transport read it"
-        self.serve(Released(hold), core)
-
-    def _unsent(self, core: ServerCore, peer: bytes, hold: int) -> None:
-        if hold:
-            self.after(0.0, partial(self.serve, Released(hold), core))
-        self.after(0.0, partial(self.serve, Unsendable(peer, "the peer is gone"), core))
-
-    def _drop(self, link: Link) -> None:
-        link.open = False
-        self.links.pop(link.peer, None)
-
     # Faults
 
     def cut(self, link: Link) -> None:
         """Break a connection; its worker hears of it at once, or only by silence."""
-        if link.open:
-            self._drop(link)
-            if self.random.random() < 0.5:
-                trainer = link.trainer
-                self.after(0.0, lambda: self.work(trainer, worker.LinkLost()) if trainer.link is link else None)
+        link.cut(worker.LinkLost())
 
     def cut_one(self) -> None:
         """Break the connection of any worker."""
@@ -525,22 +513,23 @@ class Cluster:
         if trainer is None and len(self.trainers) == self.model.shape[0]:
             return
         if victim := trainer or (self.random.choice(alive) if alive else None):
-            victim.dead = True
+            victim.host.die()
+            victim.link.close()
             if victim.in_flight is not None:
                 victim.unknown.add(victim.in_flight)
-            self._drop(victim.link)
             self.crashes += 1
             self.add_worker()
 
     def crash_server(self, away_s: float | None = None) -> None:
         """kill -9 of the server once something is saved; it comes back from the disk, in the next epoch."""
-        if self.server is None or self.disk is None:
+        if self.server is None or self.host is None or self.disk is None:
             return
-        epoch, self.server = self.server.version.epoch, None
+        self.host.die()
+        epoch, self.server, self.host = self.server.version.epoch, None, None
         self.crashes += 1
-        for link in list(self.links.values()):
+        for link in self.links.values():
             self.cut(link)
-        self.after(self.random.uniform(0.1, 2.0) if away_s is None else away_s, lambda: self.start_server(epoch + 1))
+        self.after(self.random.uniform(0.1, 2.0) if away_s is None else away_s, partial(self.start_server, epoch + 1))
 
 
 def check_counting(cluster: Cluster) -> None:

@@ -35,6 +35,18 @@ class Listener(Trainer):
         """What was undone is the business of other tests."""
 
 
+class Recorded:
+    """A server's core whose events are written down."""
+
+    def __init__(self, core: ServerCore, recorder: Recorder) -> None:
+        self.core, self.recorder = core, recorder
+        self.deadline, self.validate = core.deadline, core.validate
+
+    def handle(self, event: Any, now: float) -> list[Any]:
+        """Into the core and into the log."""
+        return self.recorder.enter(self.core, event, now)
+
+
 class RecordedCluster(Cluster):
     """Each life of its server leaves a log in `directory`; a crash leaves one without an end."""
 
@@ -55,19 +67,13 @@ class RecordedCluster(Cluster):
         recorder = Recorder.open(self.directory, begin, LIMIT_BYTES, lambda _, line: self.warnings.append(line))
         assert isinstance(recorder, Recorder), self.warnings
         self.recorder = recorder
-        self.server = core = ServerCore(
+        core = ServerCore(
             self.settings,
             epoch=epoch,
             token=lambda: recorder.drew(f"t{epoch}-{next(self._count)}"),
             recovered=recovered,
         )
-        self._serve(core, recorder.enter(core, Started(), self.now))
-
-    def serve(self, event: Any, core: ServerCore | None = None) -> None:
-        server = self.server
-        if server is not None and not self.exited and core in (None, server):
-            assert self.recorder is not None
-            self._serve(server, self.recorder.enter(server, event, self.now))
+        self.live(core, Recorded(core, recorder), recorder.enter(core, Started(), self.now))
 
     def crash_server(self, away_s: float | None = None) -> None:
         server = self.server

@@ -48,6 +48,9 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
         with watch(console, say, plan.server.settings.budget_updates) as screen:
             cluster.run(screen)
         say("info", f"{_words(cluster, time.monotonic() - started)}")
+        for worker in cluster.workers:
+            if (error := worker.error) is not None:
+                say("warning", f"{worker.name} failed with {type(error).__name__}: {error}")
         steps = round(sum(row["steps"] for row in cluster.rows()) / len(plan.devices)) if plan.solo else 0
         if steps:
             say("info", f"One worker alone trains for {steps:,} steps, to compare.")

@@ -7,6 +7,7 @@ Laws
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -40,15 +41,16 @@ class SimulatedCarrier(Carrier):
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news; meanwhile virtual time passes."""
+        end_s = math.inf if timeout_s is None else self.now() + timeout_s
+        while not (self._news or self.host.dead) and self.now() < end_s:
+            self._fiber.wait(None if timeout_s is None else end_s - self.now())
         if self.host.dead:
             return Left()
-        if not self._news and timeout_s != 0.0:
-            self._fiber.wait(timeout_s)
         return self._news.popleft() if self._news else None
 
     def close(self, timeout_s: float) -> None:
         """Nothing is left to wait for."""
-        self.link.open = False
+        self.link.close()
         self.host.die()
 
     def now(self) -> float:
@@ -57,7 +59,7 @@ class SimulatedCarrier(Carrier):
 
     def crash(self) -> None:
         """As with kill -9 of the worker."""
-        self.link.open = False
+        self.link.close()
         self.host.die()
 
     def cut(self) -> None:
@@ -69,7 +71,7 @@ class SimulatedCarrier(Carrier):
             case Send(_, frames):
                 self.link.up(frames)
             case Redial():
-                self.link.open = False
+                self.link.close()
                 self.link = self._dial(self.host)
                 self.host.soon(Dialled())
             case Deliver(news):

@@ -190,17 +190,28 @@ class Watcher(Inhabitant):
 
     def __init__(self, ether: Ether, plan: Plan, describe: Callable[[], dict[str, Any]]) -> None:
         self._describe = describe
-        self.looks = 0
+        self._wanted = self._looks = 0
         super().__init__(ether, "watcher", 0, 0, Conditions(AT_ONCE))
         self.center = Center(plan.center, ether.say, machine=self.machine)
 
+    def look(self) -> None:
+        """Look once more, as soon as nothing that was wanted before is left to do."""
+        self._wanted += 1
+        self.fiber.wake()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has looked as often as was wanted, or cannot."""
+        return self._looks == self._wanted or self.over
+
     def live(self) -> None:
         while True:
-            self.fiber.wait(None)
+            while self._looks == self._wanted:
+                self.fiber.wait(None)
             found = self._describe()
             if found["version"] and self.center.evaluates:
                 self.center.look(ADDRESS, found, found["elapsed_s"])
-            self.looks += 1
+            self._looks += 1
 
 
 class Cluster:
@@ -309,10 +320,11 @@ class Cluster:
         """A last look at the center, and the end of the server."""
         while self.server.core is None or self.server.core.shard is None:
             self._step()
-        looks = self._watcher.looks
-        self._watcher.fiber.wake()
-        while self._watcher.looks == looks and not self._watcher.over:
+        self._watcher.look()
+        while not self._watcher.done:
             self._step()
+        if self._watcher.error is not None:
+            raise self._watcher.error
         self._status = self.status
         shard = self.server.core.shard
         self.sha256 = center_sha256(shard.center)
@@ -329,7 +341,7 @@ class Cluster:
         """A point of the center's curve; evenly over the budget, the last one at the end."""
         if share * self._scenario.evaluations >= self._looked + 1 and self._looked + 1 < self._scenario.evaluations:
             self._looked += 1
-            self._watcher.fiber.wake()
+            self._watcher.look()
 
     # Workers
 
@@ -343,7 +355,9 @@ class Cluster:
         self.workers[number : number + 1] = [worker]
 
     def _expect_progress(self) -> None:
-        """Raises where every worker failed, or nothing new comes for very long."""
+        """Raises where every worker failed, or the center cannot be looked at, or nothing new comes for very long."""
+        if self._watcher.error is not None:
+            raise self._watcher.error
         if self.workers and all(worker.error for worker in self.workers):
             error = self.workers[-1].error
             assert error is not None

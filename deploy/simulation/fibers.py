@@ -11,7 +11,8 @@ Laws
   result is the same as if it did not.
 * Each `Draws` finds the random numbers of Python, numpy and torch as it left them: what others draw does not disturb
   it. Only computed work may draw; one thread does all of it, for these sources belong to the process.
-* A fiber that is killed is left through its `finally` blocks, and they cannot wait any more.
+* A fiber that is killed is left through its `finally` blocks, and they cannot wait any more. So is one that Ctrl-C
+  falls into: whoever stops the run is not kept waiting.
 
 So a training loop that knows nothing of simulators runs in one, unchanged.
 """
@@ -19,6 +20,7 @@ So a training loop that knows nothing of simulators runs in one, unchanged.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -78,8 +80,9 @@ class Fiber:
         self._waiting = 0
         """Counts waits; 0 while it runs."""
         self._waits = 0
+        self._alarm = world.after(0.0, self._resume)
+        """What resumes it, by its number on the agenda."""
         self.killed = False
-        world.after(0.0, self._resume)
 
     @property
     def over(self) -> bool:
@@ -89,7 +92,7 @@ class Fiber:
     def sleep(self, seconds: float) -> None:
         """Let so much virtual time pass. Called in the fiber."""
         self._expect_alive()
-        self.world.after(seconds, self._resume)
+        self._alarm = self.world.after(seconds, self._resume)
         self._leave()
 
     def wait(self, timeout_s: float | None) -> None:
@@ -98,7 +101,7 @@ class Fiber:
         self._waits += 1
         self._waiting = waiting = self._waits
         if timeout_s is not None:
-            self.world.after(timeout_s, partial(self._end_wait, waiting))
+            self._alarm = self.world.after(timeout_s, partial(self._end_wait, waiting))
         self._leave()
 
     def compute(self, pool: Executor, draws: Draws, work: Callable[[], T], seconds: float) -> T:
@@ -118,6 +121,7 @@ class Fiber:
         """End it where it waits. Not to be called by a fiber."""
         if not self.over:
             self.killed = True
+            self.world.call_off(self._alarm)
             if self._stack.gr_frame is not None:  # else it never started
                 self._stack.throw(Killed)
 
@@ -135,6 +139,7 @@ class Fiber:
     def _end_wait(self, waiting: int) -> None:
         if waiting == self._waiting:
             self._waiting = 0
+            self.world.call_off(self._alarm)
             self._resume()
 
     def _resume(self) -> None:
@@ -148,3 +153,5 @@ class Fiber:
     def _expect_alive(self) -> None:
         if self.killed:
             raise Killed
+        if isinstance(interrupt := sys.exception(), KeyboardInterrupt):
+            raise interrupt

@@ -109,6 +109,7 @@ class Server:
                 self._world.after(SAVE_S, partial(self._save, host, action))
             case Exit():
                 self.exited = True
+                host.die()
 
     def _work(self, host: Host, job: Run) -> None:
         if not host.dead:

@@ -125,7 +125,8 @@ def ran(seed: int, faults: Faults, check: Any, **changes: Any) -> Cluster:
         cluster.run()
         cluster.run_for(3 * cluster.settings.lease_s)  # also those whose Bye was lost are gone
         for trainer in cluster.trainers:  # who has left cannot be told what a later crash undid
-            trainer.dead |= trainer.core.phase == "ended"
+            if trainer.core.phase == "ended":
+                trainer.host.die()
         check(cluster)
         assert cluster.server is not None
         assert cluster.server.state.hosted.slots.taken == 0
