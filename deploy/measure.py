@@ -58,9 +58,7 @@ class Center:
         used_s = time.thread_time()
         try:
             if self._observer is None:
-                self._observer = observer.Observer(
-                    address, self._task.model, name="launcher", machine=self._machine
-                )
+                self._observer = observer.Observer(address, self._task.model, name="launcher", machine=self._machine)
             self._observer.fetch(ANSWER_S)
             found = self._machine.compute(lambda: self._task.evaluate(self._task.model), 0)
         except NetworkError:

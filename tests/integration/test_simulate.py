@@ -1,4 +1,4 @@
-"""`paramserver simulate`: one seed is one run, bit for bit, under every rule and with faults; the report is a live run's.
+"""`paramserver simulate`: one seed is one run, bit for bit, under every rule and with faults, reported like a live one.
 
 Laws
 * The SHA-256 of the center, the run log and all figures of two runs of one seed are equal; another seed is another run.

@@ -23,9 +23,8 @@ WORDS: dict[str, Any] = {
 
 
 def test_words_are_what_they_say() -> None:
-    made = scenario.make(
-        **WORDS | {"stragglers": "1:4, 20%:2", "faults": "loss=0.1, cuts=30s,server_crashes=2min", "bandwidth_mb_s": 12.5}
-    )
+    words = {"stragglers": "1:4, 20%:2", "faults": "loss=0.1, cuts=30s,server_crashes=2min", "bandwidth_mb_s": 12.5}
+    made = scenario.make(**WORDS | words)
     assert made.factors == (4.0, 2.0, 2.0, *[1.0] * 7)
     assert made.faults == scenario.Faults(loss=0.1, cuts=30.0, server_crashes=120.0)
     assert made.conditions.bytes_per_s == 12.5e6

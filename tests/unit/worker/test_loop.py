@@ -16,6 +16,7 @@ from common.config import WorkerSettings
 from common.errors import ConfigError
 from worker import loop, mechanisms, tasks
 from worker.diversity import Meter
+from worker.driver import Driver
 from worker.tasks import Context, Task, TaskFamily, digits
 from worker.trainer import Exchanges
 
@@ -227,6 +228,7 @@ def test_a_run_reports_what_it_did_and_what_its_exchanges_cost(joins: Joins) -> 
     assert asdict(report)["exchanges"]["pushed"] == 3
     expected = digits.make(Context(seed=5, model_seed=9)).model.parameters()
     assert all(torch.equal(*pair) for pair in zip(joins.asked.pop("weights"), expected, strict=True))
+    assert joins.asked.pop("machine").carry is Driver
     assert joins.asked == {"address": "tcp://127.0.0.1:7777", "name": "w0", "group": None, "connect_timeout_s": 4}
     assert joins.session.left_by is None
 
