@@ -59,6 +59,8 @@ HELLO_TIMEOUTS_S = (0.5, 1.0, 2.0, 4.0, 5.0)
 PAUSE_S = 1.0
 """Before dialling again after a refusal that may come again."""
 LEAVE_TIMEOUT_S = 1.0
+LOST_ON_THE_WAY = frozenset((Code.BAD_CHUNK, Code.TRUNCATED))
+"""Nothing is wrong with what was sent: send it again."""
 LOSSLESS = "fp32"
 NO_SCALARS = Scalars(0.0, 0, 0, 0.0)
 
@@ -774,6 +776,8 @@ class WorkerCore:
                 self._doubt("the session is no longer known to this connection")
         elif error.code == Code.DRAINING:
             pass  # the next Hello finds the server gone, or back
+        elif self.phase == "initialising" and error.code in LOST_ON_THE_WAY:
+            self._doubt("not all of the initial weights arrived")
         elif self.phase in ("greeting", "initialising") or error.code == Code.DIVERGED:
             self._fail(error)
         else:

@@ -74,7 +74,7 @@ def test_pushes_of_several_chunks(name: str) -> None:
     """Begin, Grant, chunks, Commit; Ack, More, chunks. One chunk allowed at a time, and fewer slots than workers."""
     for seed in seeds(1):
         settings = {"window_chunks": 1, "pool_mib": 16}
-        counted(200 + seed, name, workers=3, updates=6, guard=600_000, settings=settings)
+        counted(100 + seed, name, workers=3, updates=6, guard=600_000, settings=settings)
 
 
 def test_a_run_is_decided_by_its_seed() -> None:
