@@ -62,7 +62,6 @@ STILL_LEASES, STILL_STEPS = 100, 1000
 """So many leases and steps without anything new are a cluster that stands still."""
 LEAVE_LEASES = 4
 """After the end, workers have so long to leave."""
-GONE = ("finished", "left")
 AT_ONCE = distributions.parse("0", "the watcher's network")
 
 
