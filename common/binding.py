@@ -64,9 +64,7 @@ class Binding:
     @torch.no_grad()
     def gather(self, flat: NDArray[np.float32]) -> None:
         """flat: (elements,) <- the model's tensors."""
-        whole = torch.from_numpy(flat)
-        for tensor, first, last in self._ranges:
-            whole[first:last].copy_(tensor.reshape(-1))
+        torch._foreach_copy_(self._parts(flat), self._flattened())
 
     @torch.no_grad()
     def gather_state(self, optimizer: torch.optim.Optimizer, key: str, flat: NDArray[np.float32]) -> None:
@@ -82,9 +80,20 @@ class Binding:
     @torch.no_grad()
     def scatter(self, flat: NDArray[np.float32]) -> None:
         """The model's tensors <- flat: (elements,)."""
-        whole = torch.from_numpy(flat)
-        for tensor, first, last in self._ranges:
-            tensor.copy_(whole[first:last].view(tensor.shape))
+        parts = self._parts(flat)
+        if all(tensor.is_contiguous() for tensor, _, _ in self._ranges):
+            torch._foreach_copy_(self._flattened(), parts)
+        else:
+            for (tensor, _, _), part in zip(self._ranges, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def _parts(self, flat: NDArray[np.float32]) -> list[torch.Tensor]:
+        """Views of a flat vector, one for each tensor."""
+        return list(torch.from_numpy(flat).split([last - first for _, first, last in self._ranges]))
+
+    def _flattened(self) -> list[torch.Tensor]:
+        """The tensors, each in one dimension: views of those that are contiguous."""
+        return [tensor.detach().reshape(-1) for tensor, _, _ in self._ranges]
 
 
 def _named(model: torch.nn.Module) -> Iterable[tuple[torch.Tensor, Kind, str]]:

@@ -13,8 +13,9 @@ Laws
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -31,6 +32,7 @@ ARRAY_ITEMS = 4096
 MAP_ITEMS = 256
 INTEGER_LIMIT = 1 << 53
 
+_AS_THEY_ARE = {int, float, bool, str, type(None)}
 Checker = Callable[[object, str], Any]
 
 
@@ -98,13 +100,23 @@ def _unpack(frame: Buffer) -> dict[str, Any]:
     return header
 
 
-def _plain(value: Any) -> Any:
-    """A message as msgpack's own types, without its payload."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "payload"}
-    if type(value) is str and len(value) > STRING_BYTES // 4:
-        return _clipped(value)
-    return value
+def _plain(message: Any) -> dict[str, Any]:
+    """A message, or a part of one, as msgpack's own types, without its payload."""
+    header = {}
+    for name in _names(cast(Hashable, type(message))):
+        value = getattr(message, name)
+        kind = type(value)
+        if kind is str and len(value) > STRING_BYTES // 4:
+            value = _clipped(value)
+        elif kind not in _AS_THEY_ARE and dataclasses.is_dataclass(value):
+            value = _plain(value)
+        header[name] = value
+    return header
+
+
+@functools.cache
+def _names(cls: Hashable) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cast(Any, cls)) if field.name != "payload")
 
 
 def _clipped(text: str) -> str:

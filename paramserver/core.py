@@ -356,9 +356,11 @@ class ServerCore:
                     self._end(session, reason)
         self.initial.ask_next()
         self.deciding.tick()
-        self.pulls.answer_late()
+        if self.settings.max_clock_gap is not None:
+            self.pulls.answer_late()
         self._say_who_is_waited_for()
-        state.end_if_used_up(counted=not state.mid_round)
+        if not state.finished and state.budget.used_up(state.now):
+            state.end_if_used_up(counted=not state.mid_round)
         if state.finished and not self._goodbye_said:
             self._finish()
         if not state.stopping:

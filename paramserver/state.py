@@ -120,17 +120,22 @@ class ServerState:
     def too_far_ahead(self, session: Session) -> bool:
         """Whether this worker's clock is further ahead of the slowest than is allowed."""
         gap = self.settings.max_clock_gap
+        if gap is None:
+            return False
         clocks = [member.clock for member in self.members if member.enrolled]
-        return gap is not None and session.clock > min(clocks, default=session.clock) + gap
+        return session.clock > min(clocks, default=session.clock) + gap
 
     def local_steps_of(self, session: Session) -> int:
         """H of this worker: as set, in proportion to its speed, or as large as the gradients' diversity carries."""
-        s, members = self.settings, self.members
+        s = self.settings
+        if s.local_steps_by == "fixed":
+            return s.local_steps
+        members = self.members
         if s.local_steps_by == "diversity":
             batch = session.counters.load.batch
             return diversity.local_steps(self.diversity, len(members), batch, s.diversity_delta, s.local_steps)
         fastest = max((member.pace.steps_per_s for member in members), default=0.0)
-        if s.local_steps_by == "fixed" or fastest == 0.0 or session.pace.steps_per_s == 0.0:
+        if fastest == 0.0 or session.pace.steps_per_s == 0.0:
             return s.local_steps
         return max(round(s.local_steps * session.pace.steps_per_s / fastest), 1)
 
@@ -143,9 +148,11 @@ class ServerState:
     def waited_for(self) -> Sequence[str]:
         """Workers that others wait for: by the rule, or because those are too far ahead of them."""
         names = self.rule.waits(self.config, self.model.shard.decisions) if self.model else ()
-        members = [member for member in self.members if member.enrolled]
-        if names or not any(member.late for member in members):
+        if names or self.settings.max_clock_gap is None:
             return names
+        members = [member for member in self.members if member.enrolled]
+        if not any(member.late for member in members):
+            return ()
         slowest = min(member.clock for member in members)
         return [member.worker for member in members if member.clock == slowest]
 

@@ -523,20 +523,18 @@ class Session:
     def _merge(self, reply: F32, start: F32, part: slice) -> None:
         """x <- merge(reply) + (x now - start), on `part` of the parameters; the anchor becomes what the rule says.
 
-        start: (elements,) x when it was pushed.
+        start: (elements,) x when it was pushed; not kept.
         """
         n, sent, rule = self._parameters, self._sent, self._rule
-        now, merged = self._x, self._scratch
         moved = self._progress.steps > 0
+        now, merged = (self._x, self._scratch) if moved else (start, start)  # x is where it was: merge in place
         if moved:
             self._binding.gather(now)
-        else:
-            now[:] = start
-        if part == slice(0, n):
-            merged[n:] = now[n:]
-        else:
-            merged[:] = now
-        merged[part] = start[part]
+            if part == slice(0, n):
+                merged[n:] = now[n:]
+            else:
+                merged[:] = now
+            merged[part] = start[part]
         rule.merge(self._config, merged[part], reply[part])
         if moved:
             now[part] -= start[part]

@@ -58,6 +58,9 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
     except ParamserverError as error:
         end = error.sentence
         raise
+    except (KeyboardInterrupt, SystemExit):
+        end = "stopped before the budget was used up"
+        raise
     finally:
         if cluster.status.get("updates"):
             path, page = report.write(plan.directory, _summary(plan, scenario, cluster, solo, end, started))

@@ -48,7 +48,7 @@ from worker.loop import OnStep, WorkerReport
 T = TypeVar("T")
 
 ADDRESS = "tcp://simulated:1"
-SWITCH_INTERVAL_S = 0.0001
+SWITCH_INTERVAL_S = 0.00002
 """How long Python lets one thread hold the interpreter: the thread that computes is the one that all wait for."""
 EVENTS_PER_LOOK = 64
 """Between two looks at whether all is done, and at whether to show progress."""
