@@ -29,7 +29,7 @@ import typer
 from rich.live import Live
 from rich.markup import escape
 
-from common.errors import ConfigError, ParamserverError, StateError
+from common.errors import ConfigError, ParamserverError, PeerError, StateError
 from deploy.children import die_with, exit_on_signals
 from deploy.options import Commands, load, takes_settings
 from deploy.screens import Steps, Voice, closing_table, console, list_table, settings_table, status_view
@@ -60,7 +60,8 @@ class Program(Commands):
             return super().invoke(ctx)
         except ParamserverError as error:
             screen = console(stderr=True)
-            screen.print(f"[bold red]error:[/] {escape(error.sentence)}", soft_wrap=True)
+            code = f" ({error.code.value})" if isinstance(error, PeerError) else ""
+            screen.print(f"[bold red]error{code}:[/] {escape(error.sentence)}", soft_wrap=True)
             if error.fix:
                 screen.print(f"  [bold]fix:[/] {escape(error.fix)}", soft_wrap=True)
             raise typer.Exit(error.exit_code) from None

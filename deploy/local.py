@@ -8,7 +8,7 @@
 Laws
 * However a run ends, no process of it is left: the launcher ends its children, each with its process group, and the
   kernel ends them where the launcher is killed. Ctrl-C reaches the launcher alone, for each child has its own session.
-* A run that fails after its first update still leaves a report, which says how it ended.
+* A run that fails or is stopped after its first update still leaves a report, which says how it ended.
 * Imports go one way: `local` sees `run`; `run` sees `plan`, `measure`, `children` and `screens`, which see none of
   the others.
 
@@ -26,7 +26,7 @@ from deploy import report
 from deploy.plan import Plan
 from deploy.run import Run, read
 from deploy.screens import Say, watch
-from deploy.summary import summary
+from deploy.summary import STOPPED, summary
 
 
 def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
@@ -50,9 +50,10 @@ def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
                 say("info", f"One worker alone trains for {steps:,} steps, to compare.")
             solo = run.solo()
             run.stop_workers()
-    except ParamserverError as error:
+    except (ParamserverError, KeyboardInterrupt, SystemExit) as error:
+        end = error.sentence if isinstance(error, ParamserverError) else STOPPED
         if run.status.get("updates"):
-            _, page = report.write(plan.directory, _summary(plan, run, solo, error.sentence))
+            _, page = report.write(plan.directory, _summary(plan, run, solo, end))
             say("info", f"What was done until then: {page}")
         raise
     path, page = report.write(plan.directory, _summary(plan, run, solo, 0))

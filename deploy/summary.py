@@ -14,6 +14,8 @@ from typing import Any
 from common import config
 from deploy.plan import Plan
 
+STOPPED = "stopped before the budget was used up"
+"""How a run ended that Ctrl-C or SIGTERM ended."""
 LIBRARIES = ("paramserver", "torch", "numpy", "numba", "pyzmq")
 
 

@@ -27,7 +27,7 @@ from deploy.run import read
 from deploy.screens import Say, watch
 from deploy.simulation.cluster import Cluster
 from deploy.simulation.scenario import Scenario
-from deploy.summary import summary
+from deploy.summary import STOPPED, summary
 from paramserver import checkpoint
 
 __all__ = ["Cluster", "Scenario", "simulate"]
@@ -59,7 +59,7 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
         end = error.sentence
         raise
     except (KeyboardInterrupt, SystemExit):
-        end = "stopped before the budget was used up"
+        end = STOPPED
         raise
     finally:
         if cluster.status.get("updates"):

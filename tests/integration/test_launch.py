@@ -150,6 +150,7 @@ def test_a_killed_worker_does_not_stop_the_run(launch: Any) -> None:
 def test_ctrl_c_leaves_nothing(launch: Any) -> None:
     run = launch("--workers", "2", *ENDLESS)
     run.wait_for_training()
+    until(lambda: " updates " in run.text, "the launcher to have seen an update")
     run.signal(signal.SIGINT)
     assert run.wait(8.0) == 130, run.text
     assert_nothing_is_left(run.directory)
@@ -157,6 +158,9 @@ def test_ctrl_c_leaves_nothing(launch: Any) -> None:
     assert "Traceback" not in run.text
     log = [json.loads(line) for line in (run.directory / "run.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "leave" and line["role"] == "worker" for line in log) == 2, "workers say goodbye"
+    report = json.loads((run.directory / "report.json").read_text())
+    assert report["exit"] == "stopped before the budget was used up"
+    assert report["updates"] > 0
 
 
 @pytest.mark.timeout(180)

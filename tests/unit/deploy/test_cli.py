@@ -187,7 +187,8 @@ def test_each_error_becomes_a_sentence_and_the_exit_code_of_its_owner(
     found = run("rules")
     assert found.exit_code == kind.exit_code
     assert found.stdout == ""
-    assert found.stderr.splitlines()[0] == "error: It [red]broke."
+    code = getattr(made(kind), "code", None)
+    assert found.stderr.splitlines()[0] == f"error{f' ({code.value})' if code else ''}: It [red]broke."
     assert ("  fix: Mend it." in found.stderr) == bool(made(kind).fix)
 
 
