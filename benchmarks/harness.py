@@ -103,7 +103,7 @@ class Case(NamedTuple):
 
 
 class Row(TypedDict):
-    """One line of the JSON. ratios: how many times faster than each peer, by medians."""
+    """One line of the JSON. ratios: how many times the bytes per second of each peer, by medians."""
 
     benchmark: str
     case: str
@@ -167,7 +167,7 @@ def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
             max_s=max(result.seconds),
             gb_per_s=result.gb_per_s,
             ratios={
-                other.case.name: other.median_s / result.median_s
+                other.case.name: result.case.moved_bytes * other.median_s / (other.case.moved_bytes * result.median_s)
                 for other in results
                 if other.case.peer and other is not result and other.case.size_bytes == result.case.size_bytes
             },
@@ -179,9 +179,18 @@ def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
 # Reporting
 
 
-def report(benchmark: str, results: Sequence[Result], settings: dict[str, Any], json_file: Path | None) -> None:
-    """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it."""
-    found, about = rows(benchmark, results), machine()
+def report(
+    benchmark: str,
+    results: Sequence[Result],
+    settings: dict[str, Any],
+    json_file: Path | None,
+    found: Sequence[Row] | None = None,
+) -> None:
+    """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it.
+
+    found: the rows, where the results are not all of one run of `measure`.
+    """
+    found, about = rows(benchmark, results) if found is None else found, machine()
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
@@ -219,7 +228,7 @@ def times(found: Sequence[Row]) -> Table:
 
 
 def ratios(found: Sequence[Row]) -> Table:
-    """A column for each peer: how many times as fast as it, by medians."""
+    """A column for each peer: how many times as fast as it, in bytes per second, by medians."""
     peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
     shown = _table("times as fast as", *peers)
     for row in found:
