@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -93,7 +94,7 @@ class Ether:
         return link
 
 
-class Inhabitant:
+class Inhabitant(ABC):
     """Whoever lives in a cluster with a session at its server: one program on one machine."""
 
     def __init__(self, ether: Ether, name: str, number: int, life: int, conditions: Conditions) -> None:
@@ -114,9 +115,9 @@ class Inhabitant:
             compute=self.compute,
         )
 
+    @abstractmethod
     def live(self) -> None:
         """The program; it may wait."""
-        raise NotImplementedError
 
     def compute(self, work: Callable[[], T], steps: int) -> T:
         """Do the work of so many optimizer steps; how long it takes is up to whoever lives here."""
