@@ -29,6 +29,7 @@ from deploy.simulation.cluster import Cluster
 from deploy.simulation.scenario import Scenario
 from deploy.summary import STOPPED, summary
 from paramserver import checkpoint
+from paramserver.telemetry import FILE
 
 __all__ = ["Cluster", "Scenario", "simulate"]
 
@@ -51,7 +52,7 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
         for worker in cluster.workers:
             if (error := worker.error) is not None:
                 say("warning", f"{worker.name} failed with {type(error).__name__}: {error}")
-        steps = round(sum(row["steps"] for row in cluster.rows()) / len(plan.devices)) if plan.solo else 0
+        steps = round(sum(row.get("steps", 0) for row in cluster.rows()) / len(plan.devices)) if plan.solo else 0
         if steps:
             say("info", f"One worker alone trains for {steps:,} steps, to compare.")
             solo = _alone(plan, scenario, steps)
@@ -62,7 +63,7 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
         end = STOPPED
         raise
     finally:
-        if cluster.status.get("updates"):
+        if end == 0 or cluster.status.get("updates"):
             path, page = report.write(plan.directory, _summary(plan, scenario, cluster, solo, end, started))
             if end:
                 say("info", f"What was done until then: {page}")
@@ -108,9 +109,9 @@ def _alone(plan: Plan, scenario: Scenario, steps: int) -> dict[str, Any]:
 
 
 def _expect_nothing(plan: Plan) -> None:
-    if plan.directory.is_dir() and checkpoint.checkpoints(plan.directory):
+    if plan.directory.is_dir() and (checkpoint.checkpoints(plan.directory) or (plan.directory / FILE).exists()):
         raise StateError(
-            f"{plan.directory} holds checkpoints of an earlier run, and a simulation begins at nothing.",
+            f"{plan.directory} holds checkpoints or the log of an earlier run, and a simulation begins at nothing.",
             fix="Choose another --directory, or leave it out.",
         )
 
