@@ -114,18 +114,19 @@ def parse_stragglers(text: str, workers: int) -> tuple[float, ...]:
         try:
             count = round(float(who[:-1]) / 100 * workers) if who.endswith("%") else int(who)
             slow = float(factor.lower().removesuffix("x"))
-        except ValueError:
+        except (ValueError, OverflowError):
             count, slow = -1, 0.0
         if count < 0 or not 1 <= slow <= SLOWEST:
             raise ConfigError(
                 f"--stragglers: '{part}' is not COUNT:FACTOR or SHARE%:FACTOR with a factor from 1 to {SLOWEST:g}.",
                 fix="Such as 1:4 for one worker that takes four times as long, or 10%:2.",
             )
+        if len(factors) + count > workers:
+            raise ConfigError(
+                f"--stragglers: '{text}' makes {len(factors) + count} of {workers} workers slow.",
+                fix="Name fewer of them.",
+            )
         factors += [slow] * count
-    if len(factors) > workers:
-        raise ConfigError(
-            f"--stragglers: '{text}' makes {len(factors)} of {workers} workers slow.", fix="Name fewer of them."
-        )
     return (*factors, *[1.0] * (workers - len(factors)))
 
 

@@ -50,6 +50,8 @@ def test_nothing_wrong_is_no_fault() -> None:
         ({"stragglers": "4"}, "COUNT:FACTOR"),
         ({"stragglers": "1:0.5"}, "a factor from 1"),
         ({"stragglers": "11:2"}, "makes 11 of 10 workers slow"),
+        ({"stragglers": "inf%:2"}, "COUNT:FACTOR"),
+        ({"stragglers": "99999999999999%:2"}, "of 10 workers slow"),
         ({"faults": "los=0.1"}, "did you mean 'loss'"),
         ({"faults": "loss=2"}, "not a share"),
         ({"faults": "cuts=0"}, "breaks without end"),
