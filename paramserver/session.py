@@ -107,6 +107,10 @@ class Pace:
         self.since = None
 
 
+REMEMBERED = ("updates", "rejected", "samples", "steps", "bytes_up", "bytes_down")
+"""Counters that a checkpoint keeps; what came after it is undone in them as it is in the center."""
+
+
 @dataclass(slots=True)
 class Counters:
     """What a worker has done so far, for `status` and the report."""
@@ -271,9 +275,7 @@ class Session:
             "order": None if order is None else [order.upload, list(order.pull), order.until, order.sentence],
             "live": self.live,
             "anchored": self.anchored,
-            "updates": self.counters.updates,
-            "samples": self.counters.samples,
-            "steps": self.counters.steps,
+            **{name: getattr(self.counters, name) for name in REMEMBERED},
         }
 
     @classmethod
@@ -307,9 +309,8 @@ class Session:
             record["fragment"],
             None if record["source"] is None else (record["source"][0], record["source"][1]),
         )
-        session.counters.updates = record["updates"]
-        session.counters.samples = record["samples"]
-        session.counters.steps = record["steps"]
+        for name in REMEMBERED:
+            setattr(session.counters, name, record.get(name, 0))
         if record["order"] is not None:
             upload, pull, until, sentence = record["order"]
             session.order = Order(session.token, 0, 0, upload, tuple(pull), until, sentence)
