@@ -135,6 +135,9 @@ class ServerSettings(Settings):
     bind: tuple[Address, ...] = Field(
         default=("tcp://127.0.0.1:5555",), min_length=1, description="addresses to listen on"
     )
+    shared_memory: bool = Field(
+        default=True, description="workers on this machine read and write tensors in memory they share with the server"
+    )
     # what it computes
     rule: RuleName = Field(default="downpour", description="update rule; `paramserver rules` lists them")
     rule_settings: dict[str, bool | int | float | str] = Field(default={}, description="settings of the rule")

@@ -11,12 +11,12 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from common.codecs.base import F32
+from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Ack, Reply, Scalars
 from common.rules.base import Accumulate, Apply, Effect, Exchange, Facts, changes_center, reply_to, weighted
@@ -45,6 +45,10 @@ class _Push:
     effects: Sequence[Effect] = ()
     answer: Answer | None = None
     late: bool = False
+    memory: U8 | None = None
+    """Shared with its worker when the reply was encoded, which lies in it."""
+    reply: U8 = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """Where the reply was encoded."""
 
 
 class Applying:
@@ -104,8 +108,9 @@ class Applying:
         session.answered_connection = session.connection
         self._out.tell(session, self.answer(session))
 
-    def send_owed(self, session: Session) -> None:
-        """The very same reply once more."""
+    def send_owed(self, session: Session, data: U8 | None = None, *, shared: bool = False) -> None:
+        """The very same reply once more. data: its bytes, where they are not in its slot; `shared`: the worker reads
+        them there."""
         owed = session.owed
         assert owed is not None
         owed.readers += 1
@@ -120,13 +125,14 @@ class Applying:
         self._out.add(
             self._downlink.offer(
                 announce,
-                owed.slot.reply[: plan.bytes],
+                (owed.slot.reply if data is None else data)[: plan.bytes],
                 plan,
                 owed.version,
                 (session.token, session.connection, session.peer),
                 owed.read,
                 now=self._state.now,
                 of_push=True,
+                whole=shared,
             )
         )
 
@@ -165,14 +171,21 @@ class Applying:
         push.answer = reply_to(session.worker, effects)
         if push.answer is not None and state.too_far_ahead(session):
             push.answer, push.late = None, True
+        push.memory, push.reply = session.memory, slot.reply
+        copy = None
+        if push.memory is not None:
+            # what the worker might write to must not be read again here, nor be asked for when its connection is gone
+            copied = state.rule.lost_reply == "resend" or any(isinstance(effect, Exchange) for effect in effects)
+            push.reply, copy = (slot.reply, push.memory) if copied else (push.memory, None)
         return shard.push_work(
             facts.fragment,
             slot.update,
             session.arrays,
             push.effects,
             push.answer,
-            slot.reply,
+            push.reply,
             self._buffers(session, facts.fragment),
+            copy,
         )
 
     def _finish(self, push: _Push, uplink: Uplink, results: Sequence[bool]) -> None:
@@ -220,7 +233,10 @@ class Applying:
         else:
             version = before if push.answer is not None and push.answer.what == "before" else shard.version
             session.owed = Owed(slot, version, lambda: uplink.give(slot))
-            self.send_owed(session)
+            if push.memory is not None and push.memory is session.memory:
+                self.send_owed(session, push.memory, shared=True)
+            else:  # the connection that shared it is gone
+                self.send_owed(session, push.reply)
             if state.rule.lost_reply == "reanchor":
                 session.owed.settle()
                 session.owed = None

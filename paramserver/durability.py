@@ -4,7 +4,8 @@ Laws
 * A checkpoint is one version: center, rule state, sessions and their last decided numbers, copied by one job in the
   order of work into a shadow that nothing else touches until it is written.
 * `durable` moves only when the shell says that everything is on disk.
-* The initial weights are saved at once. After that writing takes at most a twentieth of the time. A failure costs nothing but the attempt.
+* The initial weights are saved at once. After that writing takes at most a twentieth of the time, and a failure costs
+  nothing but the attempt.
 * A center that is not finite is never saved.
 """
 

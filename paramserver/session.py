@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.codecs.base import F32
+from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
 from paramserver.diversity import UNKNOWN, Load
@@ -178,6 +178,8 @@ class Session:
     transfer: Transfer | None = None
     owed: Owed | None = None
     """The last reply, where the rule wants the very same bytes again if it is lost."""
+    memory: U8 | None = None
+    """Where this connection's replies to pushes lie, and its worker reads them; None: they are sent."""
     order: Order | None = None
     """The latest order, under a rule that schedules."""
     last_order: int = 0

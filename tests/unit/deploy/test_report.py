@@ -680,6 +680,6 @@ def test_each_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(StateError, match="report.json: disk full"):
+    with pytest.raises(StateError, match=r"report\.json: disk full"):
         write(tmp_path, {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
