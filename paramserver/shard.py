@@ -123,13 +123,12 @@ class Shard:
         reply: Reply | None,
         out: U8,
         buffers: Sequence[F32],
-        copy: U8 | None = None,
     ) -> Work:
         """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
         update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
         float32 each, the last values of all members, the first of them this worker's own, which is written here; none
-        where the center's buffers stay as they are; copy: as long as `out`, gets the same bytes.
+        where the center's buffers stay as they are.
         """
         up, down = self.ups[fragment], self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
@@ -156,9 +155,6 @@ class Shard:
                         finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out)
                 if source is not None:
                     finite &= self._encode(down, out, index, source)
-                if copy is not None:
-                    encoded = slice(down.blocks[index].offset, down.blocks[index].offset + down.blocks[index].size)
-                    copy[encoded] = out[encoded]
                 if unseen:  # no encoder looks at what was written
                     finite &= bool(np.isfinite(self.center[block.first : block.last]).all())
             return finite
