@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import codecs
+from common.codecs import draws
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
 from common.errors import CodecError
 from common.layout import Layout
@@ -56,10 +57,13 @@ class Plan(NamedTuple):
     chunks: tuple[Chunk, ...]
     bytes: int
 
-    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None) -> None:
-        """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity."""
+    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
+        """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity.
+
+        key: of this push, where a codec rounds at random (`draws.of_push`).
+        """
         for block in self.blocks[first:last]:
-            self.encode_block(block, flat[block.first : block.last], data)
+            self.encode_block(block, flat[block.first : block.last], data, key)
 
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
@@ -108,10 +112,12 @@ class Plan(NamedTuple):
             self.decode_block(block, data, flat[block.first : block.last])
 
     @staticmethod
-    def encode_block(block: Block, x: F32, data: U8) -> None:
+    def encode_block(block: Block, x: F32, data: U8, key: int = 0) -> None:
         """data: (bytes,) <- x: (elements of the block,). Raises CodecError for NaN or infinity."""
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-        block.codec.encode(x, data[block.offset : end])
+        block.codec.encode(
+            x, data[block.offset : end], draws.of_block(key, block.first) if block.codec.stochastic else 0
+        )
         data[end : block.offset + block.size] = 0
 
     @staticmethod

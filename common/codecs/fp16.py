@@ -11,11 +11,15 @@ brings threads of its own. So the kernels work on bit patterns, in one pass; the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.codecs.base import F32, U8, Codec, all_finite, expect_bytes, kernel, non_finite
+from common.codecs import tensors
+from common.codecs.base import F32, U8, Codec, Device, all_finite, expect_bytes, kernel, non_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 65_504.0
 EXPONENT = np.uint16(0x7C00)
@@ -50,7 +54,7 @@ def _decode(codes: Any, bits: Any) -> None:
         bits[i] = np.uint32(normal if m >= NORMAL_CODE else tiny) | np.uint32(codes[i] & 0x8000) << 16
 
 
-def encode(x: F32, out: U8) -> None:
+def encode(x: F32, out: U8, key: int = 0) -> None:
     if not _encode(x.view(np.uint32), out.view(np.uint16)):
         raise non_finite("The vector to encode")
 
@@ -71,17 +75,32 @@ def error_bound(x: F32) -> F32:
     return np.maximum(rounding, magnitude - np.float32(LARGEST))
 
 
+def device_encode(x: Tensor, key: int) -> Tensor:
+    tensors.require_finite(x)
+    return tensors.as_bytes(x.clamp(-LARGEST, LARGEST).half())
+
+
+def device_decode(data: Tensor, n: int) -> Tensor:
+    import torch
+
+    return data.view(torch.float16).float()
+
+
 CODEC = Codec(
     name="fp16",
     summary="half precision, clipped to its finite range",
     paper="IEEE 754",
+    when="half the bytes, for updates from 1e-7 to 65,504",
     bytes_per_element="2",
     lossless=False,
     unbiased=False,
     dense="fp16",
+    feedback="optional",
+    contraction=1.0 - 2.0**-22,
     encoded_bytes=lambda n: 2 * n,
     encode=encode,
     check=check,
     decode=decode,
     error_bound=error_bound,
+    device=Device(device_encode, device_decode),
 )
