@@ -12,6 +12,7 @@ Laws
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,17 @@ class Plan(NamedTuple):
     blocks: tuple[Block, ...]
     chunks: tuple[Chunk, ...]
     bytes: int
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the sender feeds back what encoding loses."""
+        return codecs.load(self.codec).remembers
+
+    def pieces(self, data: U8) -> Iterator[tuple[Codec, int, int, U8]]:
+        """(codec, first element, last element, encoded bytes) of every block of parameters. data: (bytes,)."""
+        for block in self.blocks[: self.parameter_blocks]:
+            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+            yield block.codec, block.first, block.last, data[block.offset : end]
 
     def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
         """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity.
@@ -157,7 +169,7 @@ def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1)
             blocks.append(Block(section_codec, first, last, offset, size))
             offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
-    return Plan(codec_name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+    return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
 
 
 def _cut(parameters: int, index: int, fragments: int) -> int:

@@ -36,6 +36,7 @@ __all__ = [
     "F32",
     "INFINITE_BITS",
     "LARGEST_F32",
+    "LARGEST_HALF",
     "SMALLEST_ABSMAX",
     "SMALLEST_SCALE",
     "U8",
@@ -50,6 +51,7 @@ __all__ = [
     "check_scales",
     "copy_finite",
     "expect_bytes",
+    "from_half",
     "group_maxima",
     "group_parameter",
     "kernel",
@@ -58,6 +60,7 @@ __all__ = [
     "out_of_range",
     "sum_of_magnitudes",
     "sum_of_squares",
+    "to_half",
 ]
 
 F32: TypeAlias = NDArray[np.float32]
@@ -152,6 +155,11 @@ class Codec(NamedTuple):
     """What error feedback works on, where that is not this very codec."""
     remembers: bool = False
     """Whether the sender feeds back what encoding loses. It is nothing to the receiver."""
+
+    @property
+    def carries_parameters(self) -> bool:
+        """Whether it can carry parameters as they are, not only what they changed by: it rounds, and that is all."""
+        return self.feedback in ("never", "optional") and not (self.stochastic or self.remembers)
 
 
 def group_parameter(default: int, *, least: int = 16) -> Parameter:
@@ -287,6 +295,32 @@ def absmax_bits(bits: Any) -> Any:
     for i in range(bits.size):
         absmax = max(absmax, np.uint32(bits[i] & 0x7FFF_FFFF))
     return absmax
+
+
+LARGEST_HALF = 65_504.0
+_LARGEST_HALF_BITS = np.uint32(0x477F_E000)  # of a float32, like the next one
+_NORMAL_HALF_BITS = np.uint32(0x3880_0000)  # 2^-14, the smallest normal half
+_NORMAL_HALF_CODE = np.uint32(0x0400)
+_TINY_STEP = np.float32(2.0**-24)
+_HALF = np.float32(0.5)  # in [0.5, 1) a float32 has steps of 2^-24: adding it rounds as a subnormal half must be
+
+
+@kernel
+def to_half(bits: Any) -> Any:
+    """Code of the half nearest to a float32 given by its bits, clipped to the finite ones; ties to even."""
+    m = np.uint32(min(np.uint32(bits & 0x7FFF_FFFF), _LARGEST_HALF_BITS))
+    normal = np.uint32(m - 0x3800_0000 + 0x0FFF + ((m >> 13) & 1)) >> 13  # exponent bias 127 -> 15
+    tiny = np.uint32(np.float32(np.uint32(m).view(np.float32) + _HALF).view(np.uint32) - 0x3F00_0000)
+    return np.uint32(normal if m >= _NORMAL_HALF_BITS else tiny) | (bits >> 16) & 0x8000
+
+
+@kernel
+def from_half(code: Any) -> Any:
+    """Bits of the float32 that a half means, given by its finite code."""
+    m = np.uint32(code & 0x7FFF)
+    normal = np.uint32((m << 13) + 0x3800_0000)
+    tiny = np.float32(np.float32(m) * _TINY_STEP).view(np.uint32)
+    return np.uint32(normal if m >= _NORMAL_HALF_CODE else tiny) | np.uint32(code & 0x8000) << 16
 
 
 @kernel

@@ -67,9 +67,9 @@ def device_bits(key: int, n: int, device: Any) -> Tensor:
     """(n,) int64 on `device`: the bits of elements 0 to n - 1."""
     import torch
 
-    z = torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(GOLDEN) + _signed(key)
-    z = (z ^ _shifted(z, 30)) * _signed(FIRST)
-    z = (z ^ _shifted(z, 27)) * _signed(SECOND)
+    z = torch.arange(1, n + 1, dtype=torch.int64, device=device) * signed(GOLDEN) + signed(key)
+    z = (z ^ _shifted(z, 30)) * signed(FIRST)
+    z = (z ^ _shifted(z, 27)) * signed(SECOND)
     return z ^ _shifted(z, 31)
 
 
@@ -80,7 +80,7 @@ def device_uniform(key: int, n: int, device: Any) -> Tensor:
     return _shifted(device_bits(key, n, device), 40).to(torch.float32) * 2.0**-24
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The same 64 bits as torch's signed integer, whose arithmetic wraps around."""
     return word - (1 << 64) if word >> 63 else word
 
