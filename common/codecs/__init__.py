@@ -47,7 +47,10 @@ def known() -> tuple[str, ...]:
 def load(text: str) -> Codec:
     """The codec of that name; raises ConfigError that lists what there is."""
     if len(text) > CHARACTERS:
-        raise ConfigError(f"The name of a codec has at most {CHARACTERS} characters, not {len(text)}.")
+        raise ConfigError(
+            f"The name of a codec has at most {CHARACTERS} characters, not {len(text)}.",
+            fix="`paramserver codecs` lists them.",
+        )
     memory, name, given = _split(text)
     codec: Codec = discovery.load(__name__, name, attribute="CODEC", kind="codec", helpers=HELPERS)
     codec = _remembering(_with(codec, given), memory)
