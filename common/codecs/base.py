@@ -54,6 +54,7 @@ __all__ = [
     "from_half",
     "group_maxima",
     "group_parameter",
+    "holds_lowest",
     "kernel",
     "largest_scale",
     "non_finite",
@@ -222,7 +223,7 @@ def _scales_pass(bits: Any, smallest_bits: Any, largest_bits: Any) -> bool:
 def check_codes(codes: U8, bits: int, n: int) -> None:
     """Raise CodecError where a code of `bits` (2 or 4) has only its highest bit set, or what follows the n codes is not
     zero. The former would be a second zero, or the one magnitude without a negative."""
-    if not (_nibbles_pass(codes) if bits == 4 else _quarters_pass(codes)):
+    if (_nibbles if bits == 4 else _quarters)(*_words(codes)):
         raise CodecError("The encoded block holds a code that no sender uses.")
     check_rest(codes, bits * n)
 
@@ -233,21 +234,65 @@ def check_rest(codes: U8, used_bits: int) -> None:
         raise CodecError("The last byte of the encoded block holds more than its codes.")
 
 
-@kernel
-def _nibbles_pass(codes: Any) -> bool:
-    bad = 0
-    for i in range(codes.size):
-        bad += (codes[i] & 0x0F) == 0x08 or (codes[i] & 0xF0) == 0x80
-    return bad == 0
+def holds_lowest(codes: U8) -> bool:
+    """Whether a byte is -128, or a sign without magnitude: 0x80."""
+    return bool(_lowest(*_words(codes)))
+
+
+def _words(codes: U8) -> tuple[Any, U8]:
+    """Four bytes at a time, and those that are left over. `codes` starts at a multiple of 4."""
+    whole = codes.size & ~3
+    return codes[:whole].view(np.uint32), codes[whole:]
 
 
 @kernel
-def _quarters_pass(codes: Any) -> bool:
-    """No pair of bits is 10: no upper bit is set above a lower one that is not."""
-    bad = np.uint8(0)
-    for i in range(codes.size):
-        bad |= (codes[i] & 0xAA) & ~(np.uint8(codes[i]) << np.uint8(1))
-    return bool(bad == 0)
+def _lowest(words: Any, rest: Any) -> bool:
+    found = np.uint32(0)
+    for i in range(words.size):
+        found = np.uint32(found | _lowest_in(np.uint32(words[i])))
+    for i in range(rest.size):
+        found = np.uint32(found | _lowest_in(np.uint32(rest[i] | 0x0101_0100)))
+    return bool(found != 0)
+
+
+@kernel
+def _lowest_in(word: Any) -> Any:
+    """A byte of t is zero: only then a bit is borrowed from above it."""
+    t = np.uint32(word ^ np.uint32(0x8080_8080))
+    return np.uint32(np.uint32(t - np.uint32(0x0101_0101)) & ~t & np.uint32(0x8080_8080))
+
+
+@kernel
+def _nibbles(words: Any, rest: Any) -> bool:
+    found = np.uint32(0)
+    for i in range(words.size):
+        found = np.uint32(found | _nibble_in(np.uint32(words[i])))
+    for i in range(rest.size):
+        found = np.uint32(found | _nibble_in(np.uint32(rest[i])))
+    return bool(found != 0)
+
+
+@kernel
+def _nibble_in(word: Any) -> Any:
+    """Four bits are 1000."""
+    below = np.uint32(word << np.uint32(1)) | np.uint32(word << np.uint32(2)) | np.uint32(word << np.uint32(3))
+    return np.uint32(word & np.uint32(~below) & np.uint32(0x8888_8888))
+
+
+@kernel
+def _quarters(words: Any, rest: Any) -> bool:
+    found = np.uint32(0)
+    for i in range(words.size):
+        found = np.uint32(found | _quarter_in(np.uint32(words[i])))
+    for i in range(rest.size):
+        found = np.uint32(found | _quarter_in(np.uint32(rest[i])))
+    return bool(found != 0)
+
+
+@kernel
+def _quarter_in(word: Any) -> Any:
+    """Two bits are 10."""
+    return np.uint32(word & np.uint32(~np.uint32(word << np.uint32(1))) & np.uint32(0xAAAA_AAAA))
 
 
 @kernel

@@ -31,6 +31,7 @@ from common.codecs.base import (
     expect_bytes,
     group_maxima,
     group_parameter,
+    holds_lowest,
     kernel,
     largest_scale,
     non_finite,
@@ -94,7 +95,7 @@ def make(group: int) -> Codec:
     def check(data: U8, n: int) -> None:
         expect_bytes(data, split(n) + n)
         check_scales(data[: split(n)].view(np.float32), LARGEST_SCALE)
-        if data[split(n) :].view(np.int8).min() == -128:
+        if holds_lowest(data[split(n) :]):
             raise CodecError("The encoded block holds -128; the codes of int8 are -127 to 127.")
 
     def decode(data: U8, x: F32) -> None:

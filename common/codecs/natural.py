@@ -25,6 +25,7 @@ from common.codecs.base import (
     CodecError,
     Device,
     expect_bytes,
+    holds_lowest,
     kernel,
     non_finite,
     out_of_range,
@@ -64,14 +65,6 @@ def _encode(bits: Any, codes: Any, key: Any) -> Any:
 
 
 @kernel
-def _lone_signs(codes: Any) -> Any:
-    found = 0
-    for i in range(codes.size):
-        found += codes[i] == LONE_SIGN
-    return found
-
-
-@kernel
 def _decode(codes: Any, bits: Any) -> None:
     for i in range(codes.size):
         exponent = np.uint32(codes[i] & 0x7F)
@@ -87,7 +80,7 @@ def encode(x: F32, out: U8, key: int = 0) -> None:
 
 def check(data: U8, n: int) -> None:
     expect_bytes(data, n)
-    if _lone_signs(data):
+    if holds_lowest(data):
         raise CodecError("The encoded block holds a sign without a magnitude.")
 
 

@@ -34,6 +34,7 @@ from common.codecs.base import (
     check_scales,
     expect_bytes,
     group_parameter,
+    holds_lowest,
     kernel,
     largest_scale,
     non_finite,
@@ -140,7 +141,7 @@ def make(levels: int, group: int) -> Codec:
         check_scales(data[: split(n)].view(np.float32), largest)
         if width < 8:
             check_codes(data[split(n) :], width, n)
-        elif data[split(n) :].view(np.int8).min() == -128:
+        elif holds_lowest(data[split(n) :]):
             raise CodecError("The encoded block holds -128, a level that no sender uses.")
 
     def decode(data: U8, x: F32) -> None:

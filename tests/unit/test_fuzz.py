@@ -1,5 +1,5 @@
-"""Whatever bytes arrive: the wire raises WireError or nothing, a codec CodecError or nothing, a server neither falls nor
-changes its center. `make fuzz` gives every codec 20,000 examples instead of a few hundred.
+"""Whatever bytes arrive: the wire raises WireError or nothing, a codec CodecError or nothing, and a server neither
+falls nor changes its center. `make fuzz` gives every codec 20,000 examples instead of a few hundred.
 """
 
 from __future__ import annotations
