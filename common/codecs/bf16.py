@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 EXPONENT = np.uint16(0x7F80)
 LARGEST_BITS = np.uint32(0x7F7F_0000)
 LARGEST = float(LARGEST_BITS.view(np.float32))
-STOCHASTIC = "stochastic"
+NEAREST, STOCHASTIC = "nearest", "stochastic"
 
 
 @kernel
@@ -119,9 +119,13 @@ def device_decode(data: Tensor, n: int) -> Tensor:
 
 
 def _read(text: str) -> bool:
-    if text != STOCHASTIC:
+    if text not in (NEAREST, STOCHASTIC):
         raise ValueError(text)
-    return True
+    return text == STOCHASTIC
+
+
+def _write(stochastic: bool) -> str:
+    return STOCHASTIC if stochastic else NEAREST
 
 
 def make(stochastic: bool) -> Codec:
@@ -156,8 +160,6 @@ CODEC = Codec(
     decode=decode,
     error_bound=error_bound,
     device=Device(device_encode, device_decode),
-    parameters=(
-        Parameter("rounding", False, _read, f"'{STOCHASTIC}', or left out", STOCHASTIC, lambda chosen: STOCHASTIC),
-    ),
+    parameters=(Parameter("rounding", False, _read, f"{NEAREST} or {STOCHASTIC}", STOCHASTIC, _write),),
     make=make,
 )

@@ -27,6 +27,7 @@ from common.errors import ConfigError
         ("randomk", "randomk", False),
         ("ef:randomk", "ef:randomk", True),
         ("bf16:stochastic", "bf16:stochastic", False),
+        ("ef:bf16:nearest", "ef:bf16", True),
     ],
 )
 def test_every_codec_has_one_shortest_name(text: str, name: str, remembers: bool) -> None:
@@ -52,7 +53,7 @@ def test_every_codec_has_one_shortest_name(text: str, name: str, remembers: bool
         ("topk:0.1:bf16", "values of codec 'topk' cannot be 'bf16'"),
         ("qsgd:128", "levels of codec 'qsgd' cannot be '128'"),
         ("randomk:0", "density of codec 'randomk' cannot be '0'"),
-        ("bf16:nearest", "rounding of codec 'bf16' cannot be 'nearest'"),
+        ("bf16:up", "rounding of codec 'bf16' cannot be 'up'"),
         ("x" * 65, "at most 64 characters"),
         ("base", "no codec named 'base'"),
         ("draws", "no codec named 'draws'"),
