@@ -385,20 +385,30 @@ def rules(
 
 
 @app.command()
-def codecs(as_json: bool = JSON) -> None:
-    """List the codecs, which encode updates and replies."""
+def codecs(
+    name: str | None = typer.Argument(None, help="only this one, such as int8 or topk:0.05", show_default=False),
+    as_json: bool = JSON,
+) -> None:
+    """List the codecs, which encode updates and replies, and when to use which."""
     from common import codecs
 
-    found = [codecs.load(name) for name in codecs.names()]
+    found = [codecs.load(one) for one in ([name] if name else codecs.names())]
     _list(
         [
             {
                 "name": codec.name,
                 "summary": codec.summary,
-                "paper": codec.paper,
+                "when": codec.when,
                 "bytes_per_element": codec.bytes_per_element,
                 "lossless": codec.lossless,
                 "unbiased": codec.unbiased,
+                "feedback": codec.feedback,
+                "replies": codec.carries_parameters,
+                "parameters": [
+                    {"name": one.name, "default": one.write(one.default), "description": one.meaning}
+                    for one in codec.parameters
+                ],
+                "paper": codec.paper,
             }
             for codec in found
         ],
