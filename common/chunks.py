@@ -145,6 +145,13 @@ class Plan(NamedTuple):
         block.codec.decode(data[block.offset : end], out)
 
     @staticmethod
+    def add_block(block: Block, data: U8, c: F32, weight: np.float32) -> None:
+        """c: (elements of the block,) += weight x the values of a block of checked `data`, whose codec can."""
+        assert block.codec.add is not None
+        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+        block.codec.add(data[block.offset : end], c, weight)
+
+    @staticmethod
     def values(block: Block, data: U8, scratch: F32) -> F32:
         """The values of a block of checked `data`, for reading: where they lie if they lie there, else in `scratch`."""
         elements = block.last - block.first

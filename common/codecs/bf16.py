@@ -69,6 +69,12 @@ def _decode(codes: Any, bits: Any) -> None:
         bits[i] = np.uint32(codes[i]) << 16
 
 
+@kernel
+def _add(codes: Any, c: Any, weight: Any) -> None:
+    for i in range(codes.size):
+        c[i] += weight * np.uint32(np.uint32(codes[i]) << 16).view(np.float32)
+
+
 def encode(x: F32, out: U8, key: int = 0) -> None:
     if not _encode(x.view(np.uint32), out.view(np.uint16)):
         raise non_finite("The vector to encode")
@@ -87,6 +93,10 @@ def check(data: U8, n: int) -> None:
 
 def decode(data: U8, x: F32) -> None:
     _decode(data.view(np.uint16), x.view(np.uint32))
+
+
+def add(data: U8, c: F32, weight: np.float32) -> None:
+    _add(data.view(np.uint16), c, weight)
 
 
 def error_bound(x: F32) -> F32:
@@ -163,4 +173,5 @@ CODEC = Codec(
     parameters=(Parameter("rounding", False, _read, f"{NEAREST} or {STOCHASTIC}", STOCHASTIC, _write),),
     make=make,
     seamless=True,
+    add=add,
 )

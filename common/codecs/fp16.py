@@ -52,6 +52,12 @@ def _decode(codes: Any, bits: Any) -> None:
         bits[i] = from_half(codes[i])
 
 
+@kernel
+def _add(codes: Any, c: Any, weight: Any) -> None:
+    for i in range(codes.size):
+        c[i] += weight * np.uint32(from_half(codes[i])).view(np.float32)
+
+
 def encode(x: F32, out: U8, key: int = 0) -> None:
     if not _encode(x.view(np.uint32), out.view(np.uint16)):
         raise non_finite("The vector to encode")
@@ -65,6 +71,10 @@ def check(data: U8, n: int) -> None:
 
 def decode(data: U8, x: F32) -> None:
     _decode(data.view(np.uint16), x.view(np.uint32))
+
+
+def add(data: U8, c: F32, weight: np.float32) -> None:
+    _add(data.view(np.uint16), c, weight)
 
 
 def error_bound(x: F32) -> F32:
@@ -102,4 +112,5 @@ CODEC = Codec(
     error_bound=error_bound,
     device=Device(device_encode, device_decode),
     seamless=True,
+    add=add,
 )

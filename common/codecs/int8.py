@@ -82,6 +82,19 @@ def _scale(codes: Any, scale: Any, x: Any) -> None:
         x[i] = scale * np.float32(codes[i])
 
 
+@kernel
+def _add(scales: Any, codes: Any, c: Any, weight: Any, length: Any) -> None:
+    for g in range(scales.size):
+        group = slice(g * length, (g + 1) * length)
+        _add_scaled(codes[group], scales[g], c[group], weight)
+
+
+@kernel
+def _add_scaled(codes: Any, scale: Any, c: Any, weight: Any) -> None:
+    for i in range(codes.size):
+        c[i] += weight * (scale * np.float32(codes[i]))
+
+
 def make(group: int) -> Codec:
     def split(n: int) -> int:
         """Where the scales end."""
@@ -101,6 +114,10 @@ def make(group: int) -> Codec:
     def decode(data: U8, x: F32) -> None:
         at = split(x.size)
         _decode(data[:at].view(np.float32), data[at:].view(np.int8), x, group)
+
+    def add(data: U8, c: F32, weight: np.float32) -> None:
+        at = split(c.size)
+        _add(data[:at].view(np.float32), data[at:].view(np.int8), c, weight, group)
 
     def error_bound(x: F32) -> F32:
         """Half a step, and the rounding of one division and one product."""
@@ -140,6 +157,7 @@ def make(group: int) -> Codec:
         decode=decode,
         error_bound=error_bound,
         device=Device(device_encode, device_decode),
+        add=add,
         parameters=(group_parameter(GROUP),),
         make=make,
     )

@@ -425,3 +425,27 @@ def test_encoded_bytes_grow_with_the_block(codec: Codec) -> None:
     lengths: list[Any] = [codec.encoded_bytes(n) for n in LENGTHS]
     assert all(type(length) is int and length > 0 for length in lengths)
     assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, -3.7])
+def test_adding_at_once_is_decoding_and_adding_to_the_bit(codec: Codec, weight: float) -> None:
+    if codec.add is None:
+        pytest.skip("decodes first")
+    for n in LENGTHS:
+        for make in (noise, denormal, one_hot):
+            data, c = encoded(codec, within(codec, make(n))), noise(n)
+            expected = c + np.float32(weight) * decoded(codec, data, n)
+            codec.add(data, c, np.float32(weight))
+            assert (c.view(np.uint32) == expected.view(np.uint32)).all(), (n, make)
+
+
+def test_a_seamless_codec_sees_no_seam(codec: Codec) -> None:
+    if not codec.seamless or codec.stochastic:
+        pytest.skip("has seams")
+    x = noise(3 * 1024)
+    parts = np.concatenate([encoded(codec, x[:2048]), encoded(codec, x[2048:])])
+    assert (encoded(codec, x) == parts).all()
+    assert (
+        decoded(codec, parts, x.size)
+        == np.concatenate([decoded(codec, encoded(codec, p), p.size) for p in (x[:2048], x[2048:])])
+    ).all()
