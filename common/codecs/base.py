@@ -148,8 +148,8 @@ class Codec(NamedTuple):
     open: Callable[[U8, F32], None] | None = None
     """`check` and `decode` in one pass over memory: (data, x), raises CodecError; None where one pass saves nothing."""
     add: Callable[[U8, F32, np.float32], None] | None = None
-    """add(data, c, weight): c += weight x, x being what `decode` gives, in one pass over memory and to the same bits; None
-    where that saves nothing."""
+    """add(data, c, weight): c += weight x, x being what `decode` gives, in one pass over memory and to the same bits;
+    None where that saves nothing."""
     stochastic: bool = False
     """Does the key matter?"""
     largest: float = float(LARGEST_F32)
