@@ -60,6 +60,7 @@ class Cluster:
         settings = plan.server.settings
         family = nursery.family(
             "deploy.simulation.remote:prepare",
+            server=settings.model_dump(mode="json", exclude_unset=True),
             task=plan.task,
             data=str(plan.data) if plan.data else None,
             optimizer=plan.optimizer,

@@ -44,8 +44,9 @@ from numpy.random import mtrand
 
 from common.buffers import zeros
 from common.codecs.base import F32
-from common.config import WorkerSettings
+from common.config import ServerSettings, WorkerSettings
 from common.errors import ParamserverError
+from paramserver import daemon
 from worker import core, loop, tasks
 from worker.core import WorkerCore
 from worker.driver import Carrier, Machine
@@ -211,14 +212,20 @@ class _Shelf:
 # In the family
 
 
-def prepare(task: str, data: str | None, optimizer: str, model_seed: int, threads: int) -> Callable[..., None]:
-    """Make the task once, so that what it keeps for all is in memory once; returns what members run."""
+def prepare(
+    server: dict[str, Any], task: str, data: str | None, optimizer: str, model_seed: int, threads: int
+) -> Callable[..., None]:
+    """Rehearse what each member does first, so that it is loaded once, and in memory once; returns what members run.
+
+    server: its settings.
+    """
     logging.getLogger("paramserver.worker").addHandler(logging.NullHandler())  # workers' warnings are the scenario
     torch.set_num_threads(1)  # a thread here would be none in a member
     folder = Path(data) if data else None
     context = Context(0, model_seed, "worker", torch.device("cpu"), folder, optimizer)
     with contextlib.suppress(Exception, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        tasks.load(task).make(context)  # what is wrong with it, each worker says for itself
+        loop.train_alone(tasks.load(task).make(context), 1)  # what is wrong with it, each worker says for itself
+        daemon.warm(ServerSettings.model_validate(server))
 
     def live(line: int, out: int, into: int) -> None:
         _Remote(Pipe(line, out, into)).live(model_seed, folder, threads)
