@@ -49,11 +49,11 @@ class Process:
         self._cores = cores
         self._said: Said | Exception | None = None
         """What it said, and nobody has heard yet."""
-        line, theirs = socket.socketpair()
+        line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         up, down = _shelf("up"), _shelf("down")
         with theirs:
             self.number = cores.family.fork(theirs.fileno(), up, down)
-        self._pipe = Pipe(line.detach(), down, up)
+        self._pipe = Pipe(line, down, up)
         self.used_s = 0.0
         """CPU time, as it said last."""
         with suppress(OSError):  # what is wrong with it, its end of the pipe says

@@ -22,21 +22,24 @@ Left out: what a step takes, and when it is a worker's turn.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import io
 import logging
 import mmap
 import os
 import pickle
 import random
+import socket
+import struct
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -55,15 +58,15 @@ from worker.tasks import Context
 
 T = TypeVar("T")
 
-MESSAGE_BYTES = 16 << 20
-"""Without its vectors, the longest that is taken: a model has as many tensors as a Hello can name."""
+PACKET_BYTES = 1 << 16
+"""The longest message that goes through the pipe itself."""
+SIZE = struct.Struct("<q")
 ALIGNED_BYTES = 64
 WORDS_LIMIT = 2_000
 """Characters of an error that are told."""
 
 
-@dataclass(frozen=True, slots=True)
-class Life:
+class Life(NamedTuple):
     """What a worker's process is told first: who it is. `number` and `life`: which worker, and which of its lives."""
 
     settings: WorkerSettings
@@ -74,49 +77,42 @@ class Life:
 # Wishes: what a process waits for
 
 
-@dataclass(frozen=True, slots=True)
-class Carry:
+class Carry(NamedTuple):
     """To be carried: this core, which nothing has happened to, to be driven."""
 
     core: WorkerCore
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(NamedTuple):
     """News, for at most so long; None: for ever."""
 
     timeout_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(NamedTuple):
     """A free core, for so many optimizer steps."""
 
     steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """That the time of what was computed has passed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(NamedTuple):
     """That nothing is carried any more."""
 
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """Nothing more: it is over."""
 
     report: WorkerReport | None
     error: ParamserverError | None
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """From a worker's process. posts: events for its core, in order; used_s: CPU time that it used so far."""
 
     posts: tuple[Any, ...]
@@ -124,19 +120,17 @@ class Said:
     used_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Go:
+class Go(NamedTuple):
     """To a worker's process: compute."""
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """To a worker's process: the time, all news, and of its core and its membership what changed."""
 
     now_s: float
     news: tuple[Any, ...] = ()
     phase: str = "greeting"
-    membership: dict[str, Any] = field(default_factory=dict)
+    membership: dict[str, Any] | None = None
 
 
 class TaskFailed(ParamserverError):
@@ -147,11 +141,15 @@ class TaskFailed(ParamserverError):
 
 
 class Pipe:
-    """One end. `out`, `into`: files in memory, one for the vectors of each direction; each has one who writes."""
+    """One end. `out`, `into`: files in memory, one for the vectors of each direction; each has one who writes.
 
-    def __init__(self, line: int, out: int, into: int) -> None:
-        self._line = Connection(line)
+    A message is one packet: how many vectors, their sizes, the message itself; a long one lies with the vectors.
+    """
+
+    def __init__(self, line: socket.socket, out: int, into: int) -> None:
+        self._line = line
         self._out, self._into = _Shelf(out), _Shelf(into)
+        self._packet = bytearray(PACKET_BYTES)
 
     def fileno(self) -> int:
         """To wait for."""
@@ -159,15 +157,26 @@ class Pipe:
 
     def send(self, message: Any) -> None:
         """Say it; raises OSError where nobody is there."""
-        vectors: list[pickle.PickleBuffer] = []
-        body = pickle.dumps(message, 5, buffer_callback=vectors.append)
-        places = self._out.put([vector.raw() for vector in vectors])
-        self._line.send_bytes(pickle.dumps((places, body), 5))
+        buffers: list[pickle.PickleBuffer] = []
+        body = pickle.dumps(message, 5, buffer_callback=buffers.append)
+        vectors = [buffer.raw() for buffer in buffers]
+        if len(body) > PACKET_BYTES - SIZE.size * (len(vectors) + 2):
+            vectors, body = [memoryview(body), *vectors], b""
+        if vectors:
+            self._out.put(vectors)
+        sizes = [len(vectors), *(vector.nbytes for vector in vectors)]
+        self._line.send(b"".join([*map(SIZE.pack, sizes), body]))
 
     def receive(self) -> Any:
         """What was said; its vectors are not to be written to. Raises EOFError where nobody is there."""
-        places, body = pickle.loads(self._line.recv_bytes(MESSAGE_BYTES))
-        return pickle.loads(body, buffers=self._into.see(places))
+        if not (end := self._line.recv_into(self._packet)):
+            raise EOFError
+        packet = memoryview(self._packet)[:end]
+        count = SIZE.unpack_from(packet)[0]
+        first = SIZE.size * (1 + count)
+        vectors = self._into.see([SIZE.unpack_from(packet, SIZE.size * (1 + n))[0] for n in range(count)])
+        body = packet[first:] if first < end else vectors.pop(0)
+        return pickle.loads(body, buffers=vectors)
 
     def close(self) -> None:
         """Nothing more will be said; vectors that were seen stay."""
@@ -177,36 +186,55 @@ class Pipe:
 
 
 class _Shelf:
-    """A file in memory with the vectors of the last message that had any."""
+    """A file in memory with the vectors of the last message that had any, each where a cache line begins."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = descriptor
         self._memory = memoryview(b"")
 
-    def put(self, vectors: list[memoryview]) -> list[tuple[int, int]]:
-        """Copies; returns where each one lies: its first byte and its size."""
-        places, end = list[tuple[int, int]](), 0
-        for vector in vectors:
-            places.append((end, vector.nbytes))
-            end += -(-vector.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
+    def put(self, vectors: Sequence[memoryview]) -> None:
+        """Copies, one after the other."""
+        places, end = _places([vector.nbytes for vector in vectors])
         if end > self._memory.nbytes:
             os.ftruncate(self._file, end)
             self._map(mmap.PROT_READ | mmap.PROT_WRITE)
-        for (first, size), vector in zip(places, vectors, strict=True):
-            self._memory[first : first + size] = vector
-        return places
+        for place, vector in zip(places, vectors, strict=True):
+            self._memory[place] = vector.cast("B")
 
-    def see(self, places: list[tuple[int, int]]) -> list[memoryview]:
-        """What lies there."""
-        if places and places[-1][0] + places[-1][1] > self._memory.nbytes:
+    def see(self, sizes: Sequence[int]) -> list[memoryview]:
+        """What was put there, of these sizes."""
+        places, end = _places(sizes)
+        if end > self._memory.nbytes:
             self._map(mmap.PROT_READ)
-        return [self._memory[first : first + size] for first, size in places]
+        return [self._memory[place] for place in places]
 
     def close(self) -> None:
+        """What was seen stays."""
         os.close(self._file)
 
     def _map(self, access: int) -> None:
         self._memory = memoryview(mmap.mmap(self._file, 0, mmap.MAP_SHARED, access))
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[slice], int]:
+    """Where vectors of these sizes lie, and where they end."""
+    places, end = list[slice](), 0
+    for size in sizes:
+        places.append(slice(end, end + size))
+        end += -(-size // ALIGNED_BYTES) * ALIGNED_BYTES
+    return places, end
+
+
+def _plainly(kind: type[Any]) -> None:
+    """Have values of a frozen dataclass with slots copied field by field; what pickle does with them takes 5 times as
+    long."""
+    names = attrgetter(*(one.name for one in fields(kind)))
+    single = len(fields(kind)) == 1
+    copyreg.pickle(kind, lambda value: (kind, (names(value),) if single else names(value)))
+
+
+for _kind in (core.Progress, core.PushWanted, core.Settled):  # what every step and exchange brings
+    _plainly(_kind)
 
 
 # In the family
@@ -228,7 +256,7 @@ def prepare(
         daemon.warm(ServerSettings.model_validate(server))
 
     def live(line: int, out: int, into: int) -> None:
-        _Remote(Pipe(line, out, into)).live(model_seed, folder, threads)
+        _Remote(Pipe(socket.socket(fileno=line), out, into)).live(model_seed, folder, threads)
 
     return live
 
@@ -294,7 +322,7 @@ class _Remote:
         self.news.extend(self._owned(news) for news in told.news)
         if self.core is not None:
             self.core.phase = told.phase
-            for name, value in told.membership.items():
+            for name, value in (told.membership or {}).items():
                 setattr(self.core.membership, name, value)
 
     def post(self, event: Any) -> None:
@@ -304,10 +332,6 @@ class _Remote:
         ):
             self.ask(Wait(0.0))
         self._posts.append(event)
-
-    @property
-    def posted(self) -> bool:
-        return bool(self._posts)
 
     def _carry(self, fresh: WorkerCore, address: str) -> Carrier:
         self.core = fresh
@@ -354,9 +378,9 @@ class _RemoteCarrier(Carrier):
         self._remote.post(event)
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
-        """The next piece of news; meanwhile virtual time passes."""
+        """The next piece of news; meanwhile virtual time passes. Where none may pass, nothing can have come."""
         news = self._remote.news
-        if not news and (self._remote.posted or timeout_s != 0.0):
+        if not news and timeout_s != 0.0:
             self._remote.ask(Wait(timeout_s))
         return news.popleft() if news else None
 

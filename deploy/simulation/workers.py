@@ -38,6 +38,7 @@ from worker.session import Membership
 
 T = TypeVar("T")
 
+SEEN = tuple(one.name for one in fields(Membership))
 ADDRESS = "tcp://simulated:1"
 AT_ONCE = distributions.parse("0", "the watcher's network")
 
@@ -240,7 +241,9 @@ class _Seen:
 
     def changes(self, membership: Membership) -> dict[str, Any]:
         """What it does not know yet."""
-        now = {one.name: getattr(membership, one.name) for one in fields(membership)}
-        found = {name: value for name, value in now.items() if name not in self._told or self._told[name] != value}
-        self._told = now
+        found = dict[str, Any]()
+        for name in SEEN:
+            value = getattr(membership, name)
+            if name not in self._told or (value is not self._told[name] and value != self._told[name]):
+                self._told[name] = found[name] = value
         return found
