@@ -41,7 +41,8 @@ from typing import Any, NoReturn
 from common.errors import ParamserverError
 from deploy.children import ROOT, die_with
 
-PRELOADED = ("deploy.simulation.remote",)
+LOAD = "deploy.simulation.remote:load"
+"""What it does first."""
 REQUEST_BYTES = 1 << 17
 DESCRIPTORS = 8
 """That one process may be given."""
@@ -167,8 +168,7 @@ def family(prepare: str, **wanted: Any) -> Family:
 def main(descriptor: int) -> None:
     """Import everything, then fork families until the line ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in PRELOADED:
-        importlib.import_module(name)
+    _function(LOAD)()
     _serve(socket.socket(fileno=descriptor), _family, PATIENCE_S)
 
 
@@ -179,9 +179,13 @@ def _family(descriptor: int) -> None:
         return
     sys.path[:] = setup["path"]
     os.chdir(setup["directory"])
-    module, _, name = setup["prepare"].partition(":")
-    live: Live = getattr(importlib.import_module(module), name)(**setup["wanted"])
-    _serve(line, live, 0.0)
+    _serve(line, _function(setup["prepare"])(**setup["wanted"]), 0.0)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, name = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _serve(line: socket.socket, live: Live, patience_s: float) -> None:

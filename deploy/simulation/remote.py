@@ -49,6 +49,7 @@ from common.buffers import zeros
 from common.codecs.base import F32
 from common.config import ServerSettings, WorkerSettings
 from common.errors import ParamserverError
+from common.messages import Scalars
 from paramserver import daemon
 from worker import core, loop, tasks
 from worker.core import WorkerCore
@@ -233,11 +234,17 @@ def _plainly(kind: type[Any]) -> None:
     copyreg.pickle(kind, lambda value: (kind, (names(value),) if single else names(value)))
 
 
-for _kind in (core.Progress, core.PushWanted, core.Settled):  # what every step and exchange brings
+for _kind in (core.Progress, core.PushWanted, core.Settled, Scalars):  # what every step and exchange brings
     _plainly(_kind)
 
 
-# In the family
+# In the nursery, in a family
+
+
+def load() -> None:
+    """Import what training needs, before anybody says what is to be trained."""
+    torch.set_num_threads(1)  # a thread here would be none in a member
+    torch.optim.SGD([torch.zeros(1)], 0.1)  # the first optimizer of a process imports 800 modules
 
 
 def prepare(
@@ -248,7 +255,6 @@ def prepare(
     server: its settings.
     """
     logging.getLogger("paramserver.worker").addHandler(logging.NullHandler())  # workers' warnings are the scenario
-    torch.set_num_threads(1)  # a thread here would be none in a member
     folder = Path(data) if data else None
     context = Context(0, model_seed, "worker", torch.device("cpu"), folder, optimizer)
     with contextlib.suppress(Exception, SystemExit), contextlib.redirect_stdout(io.StringIO()):
