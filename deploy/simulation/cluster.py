@@ -10,7 +10,7 @@ Laws
 * Gradients are real. How long a step takes is drawn; nothing of others reaches a worker but by its exchanges.
 * Each worker draws from sources of its own: more workers, or faults, do not change what one draws.
 
-Left out: what is reported (`deploy.simulation`), and several processes: all workers share one.
+Left out: what is reported (`deploy.simulation`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from deploy import nursery
 from deploy.measure import Center
 from deploy.plan import Plan
 from deploy.screens import Say, Screen
-from deploy.simulation.cores import Cores
+from deploy.simulation.cores import Cores, WorkerEnded
+from deploy.simulation.remote import TaskFailed
 from deploy.simulation.scenario import Scenario
 from deploy.simulation.server import Server
 from deploy.simulation.workers import Ether, SimulatedWorker, Watcher
@@ -47,6 +48,8 @@ START_S = 1e-3
 """Workers start so far apart."""
 STILL_LEASES, STILL_STEPS = 100, 1000
 """So many leases and steps without anything new are a cluster that stands still."""
+STILL_EVENTS, STILL_EVENTS_EACH = 100_000, 100_000
+"""So many events, and so many more for each worker, without anything new are one, too."""
 LEAVE_LEASES = 4
 """After the end, workers have so long to leave."""
 
@@ -81,7 +84,8 @@ class Cluster:
         self._watcher = Watcher(ether, plan, lambda: self.status)
         self._status: dict[str, Any] = {}
         self._looked = 0
-        self._news: tuple[Any, float] = (None, 0.0)
+        self._news: tuple[Any, float, int] = (None, 0.0, 0)
+        """The last thing that was new; at what time, after how many events."""
         self.crashes = {"worker": 0, "server": 0, "cut": 0}
         self.sha256 = ""
         self.real_seconds = 0.0, 0.0
@@ -210,15 +214,18 @@ class Cluster:
             raise self._watcher.error
         if self.workers and all(worker.error for worker in self.workers):
             error = self.workers[-1].error
+            if isinstance(error, TaskFailed | WorkerEnded):
+                raise ParamserverError(f"Every worker failed, the last one so: {error.sentence}", fix=error.fix)
             assert error is not None
             raise error
         budget = self.server.core.state.budget if self.server.core is not None else None
         news = (budget.updates, budget.samples) if budget else None
         if news != self._news[0]:
-            self._news = news, self.world.now
+            self._news = news, self.world.now, self.world.events
             return
         still_s = STILL_LEASES * self._plan.server.settings.lease_s + STILL_STEPS * self._slowest_s
-        if self.world.now - self._news[1] > still_s:
+        still_events = STILL_EVENTS + STILL_EVENTS_EACH * len(self.workers)
+        if self.world.now - self._news[1] > still_s or self.world.events - self._news[2] > still_events:
             waits = "; ".join(self.status.get("waiting_for", [])) or "the next update"
             raise NetworkError(
                 f"The simulated cluster stands still since {self._news[1]:,.0f} s of its time: it waits for {waits}.",

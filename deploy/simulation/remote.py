@@ -405,8 +405,7 @@ def _told(error: Exception) -> ParamserverError:
         words = str(error)[:WORDS_LIMIT]
     except Exception:
         words = "(it cannot be said)"
-    found = TaskFailed(
-        f"{type(error).__name__}: {words}".rstrip(" :."), fix=f"Look at {last.filename}, line {last.lineno}."
-    )
+    where = f"Look at {last.filename}, line {last.lineno}."
+    found = TaskFailed(f"{type(error).__name__}: {words}".rstrip(" :.") + ".", fix=where)
     found.add_note("".join(traceback.format_exception(error))[-10 * WORDS_LIMIT :])
     return found
