@@ -251,7 +251,10 @@ def simulate(
     config: Path | None = CONFIG,
     **flags: Any,
 ) -> None:
-    """Run a server and its workers in virtual time, in one process, and report: one seed, one result, bit for bit."""
+    """Run a server and its workers in virtual time, and report: one seed, one result, bit for bit."""
+    from deploy import nursery
+
+    nursery.start()  # it imports what workers need while this process does the same
     loaded = load("ServerSettings", config, flags)
     if loaded.settings.arrivals:
         raise ConfigError(
