@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import signal
@@ -33,7 +34,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import typer
 from matplotlib.figure import Figure
@@ -47,6 +48,8 @@ START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 60.0
 END_LIMIT_S = 5.0
 """A process that was told to end and has not is killed."""
+WIDE_COLUMNS = 160
+"""Of a table that nobody watches."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl.h."""
 LIBRARIES = ("torch", "numpy", "numba", "pyzmq", "uvloop", "msgpack")
@@ -103,7 +106,10 @@ class Case(NamedTuple):
 
 
 class Row(TypedDict):
-    """One line of the JSON. ratios: how many times the bytes per second of each peer, by medians."""
+    """One line of the JSON. ratios: how many times the bytes per second of each peer, by medians.
+
+    also: what this benchmark alone has to say, by name and unit.
+    """
 
     benchmark: str
     case: str
@@ -113,6 +119,7 @@ class Row(TypedDict):
     max_s: float
     gb_per_s: float
     ratios: dict[str, float]
+    also: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,34 @@ def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
     ]
 
 
+# Statistics
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of them do not exceed; raises BenchmarkError where there is none."""
+    if not values:
+        raise BenchmarkError("Nothing was measured: no exchange ended in its time.")
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def jain(rates: Sequence[float]) -> float:
+    """Jain's index of fairness: 1 where all rates are equal, 1 / n where one of n has everything."""
+    squares = sum(rate * rate for rate in rates)
+    return sum(rates) ** 2 / (len(rates) * squares) if squares else 0.0
+
+
+def window(exchange: Callable[[], None], window_s: float) -> list[float]:
+    """The seconds of each exchange, one after the other, begun within so long."""
+    taken, now = [], time.perf_counter()
+    end = now + window_s
+    while now < end:
+        started = now
+        exchange()
+        now = time.perf_counter()
+        taken.append(now - started)
+    return taken
+
+
 # Reporting
 
 
@@ -192,6 +227,8 @@ def report(
     """
     found, about = rows(benchmark, results) if found is None else found, machine()
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDE_COLUMNS
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
     console.print(times(found))
@@ -220,19 +257,31 @@ def machine() -> dict[str, str]:
 
 def times(found: Sequence[Row]) -> Table:
     """The rows for a terminal."""
-    shown = _table("case", "MB", "median ms", "min", "max", "GB/s")
+    more = list(dict.fromkeys(name for row in found for name in row.get("also", {})))
+    shown = _table("case", "MB", "median ms", "min", "max", "GB/s", *(name.replace("_", " ") for name in more))
     for row in found:
-        spent = (f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s"))
-        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *spent, f"{row['gb_per_s']:.2f}")
+        spent = (_ms(row[key]) for key in ("median_s", "min_s", "max_s"))
+        also = row.get("also", {})
+        figures = (f"{also[name]:.4g}" if name in also else "" for name in more)
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *spent, f"{row['gb_per_s']:.2f}", *figures)
     return shown
 
 
+def _ms(seconds: float) -> str:
+    """In ms, to a thousandth of what is short."""
+    return f"{1e3 * seconds:.{1 if seconds >= 0.01 else 3}f}"
+
+
 def ratios(found: Sequence[Row]) -> Table:
-    """A column for each peer: how many times as fast as it, in bytes per second, by medians."""
-    peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
+    """A column for each peer: how many times as fast as it, in bytes per second, by medians.
+
+    What stands in brackets at the end of a name, such as the number of workers, is the same in row and column.
+    """
+    peers = list(dict.fromkeys(name.partition(" (")[0] for row in found for name in row["ratios"]))
     shown = _table("times as fast as", *peers)
     for row in found:
-        shown.add_row(row["case"], *(f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in peers))
+        by_peer = {name.partition(" (")[0]: ratio for name, ratio in row["ratios"].items()}
+        shown.add_row(row["case"], *(f"{by_peer[name]:.2f}" if name in by_peer else "" for name in peers))
     return shown
 
 

@@ -1,0 +1,357 @@
+"""Those who take part in benchmarks of the data plane: our server and sessions, and peers, in processes of their own.
+
+    way("ipc")                          how frames cross, and whether shared memory takes their place
+    served(way, settings)               our server, in a process
+    Client(address, way, elements)      one worker's session without a model: exchange(), pull()
+    rpc_serve, rpc_join; ray_crowd      the peers that are in more than one benchmark
+
+The center starts at START everywhere and each push adds STEP to all of it, so that what it comes to is known exactly.
+
+Laws
+* What each exchange costs a user counts: encoding and decoding do, a training step does not.
+* Peers have their defaults, and a lock where several push at one time: ours loses no update either.
+* Leases outlast every turn of the others: who is stopped while it waits for its turn is not given up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed import rpc
+
+from benchmarks import harness
+from benchmarks.harness import BenchmarkError, Child, Link, child
+from common import LIBRARY
+from common.buffers import zeros
+from common.codecs.base import F32
+from common.config import ServerSettings
+from common.layout import Layout, Tensor
+from common.messages import Optimizer, Scalars
+from paramserver.daemon import Daemon
+from worker.core import (
+    LOSSLESS,
+    Failed,
+    Fetched,
+    InitialWeights,
+    Leave,
+    NeedWeights,
+    PullWanted,
+    Settled,
+    WorkerCore,
+)
+from worker.driver import SWITCH_INTERVAL_S, Driver
+
+MB = 1_000_000
+START, STEP = 0.5, 1.0
+"""Value of the center before the first push, and what each push adds: sums that float32 holds exactly."""
+RULE = "downpour"
+LEASE_S = 3600.0
+TOLERANCE = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 2.0**-20}
+"""Of the value, by the codec of the reply: of a vector that is the same everywhere, int8 loses only a rounding."""
+RPC, RAY = "torch.distributed.rpc", "Ray actor"
+PEER_ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+"""Without the first, each end of a connection reports the end of the other."""
+if sys.platform == "linux":  # or they look for a network interface by the host's name, which may not resolve
+    PEER_ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
+
+
+# Ways: the one place that knows how shared memory is switched on and off
+
+
+class Way(NamedTuple):
+    """How a worker reaches its server: kind of the address, and whether it may use shared memory there."""
+
+    name: str
+    kind: str
+    shared_memory: bool
+
+
+WAYS = {way.name: way for way in (Way("shm", "ipc", True), Way("ipc", "ipc", False), Way("tcp", "tcp", False))}
+SHARED_MEMORY = "shared_memory"
+NO_SHARED_MEMORY = "shm is left out: this version of the library has no shared memory."
+
+
+def takes_shared_memory(function: Callable[..., Any]) -> bool:
+    """Whether this version of the library can be told about it there."""
+    return SHARED_MEMORY in inspect.signature(function).parameters
+
+
+def has_shared_memory() -> bool:
+    """Whether this version of the library has any."""
+    return takes_shared_memory(Driver) or takes_shared_memory(WorkerCore)
+
+
+def options(function: Callable[..., Any], way: Way) -> dict[str, Any]:
+    """What to tell `function`, one of the library's that opens a session, about this way."""
+    return {SHARED_MEMORY: way.shared_memory} if takes_shared_memory(function) else {}
+
+
+def ways(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Way]:
+    """Those that this version has, or of these names; says which one it has not."""
+    found = [way for way in WAYS.values() if not only or way.name in only]
+    if any(way.shared_memory for way in found) and not has_shared_memory():
+        say(NO_SHARED_MEMORY)
+        found = [way for way in found if not way.shared_memory]
+    return found
+
+
+def bind(way: Way, folder: str) -> str:
+    """An address to listen on."""
+    return f"ipc://{folder}/server" if way.kind == "ipc" else "tcp://127.0.0.1:*"
+
+
+# Our server
+
+
+@contextmanager
+def served(way: Way, settings: Mapping[str, Any]) -> Iterator[Child]:
+    """A server in a process of its own; it answers with its address."""
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
+        child(f"paramserver {way.name} server", serve, bind(way, folder), dict(settings)) as server,
+    ):
+        yield server
+
+
+def serve(link: Link, address: str, settings: dict[str, Any]) -> None:
+    """Runs in that process."""
+
+    def announce(level: str, sentence: str) -> None:
+        if level != "info":
+            print(f"server: {sentence}", file=sys.stderr)
+
+    link.serve()
+    chosen = {"rule": RULE, "drain_s": 1.0, "lease_s": LEASE_S} | settings | {"bind": (address,)}
+    Daemon(ServerSettings.model_validate(chosen), announce, link.answer).run()
+
+
+# Our sessions
+
+
+class Payload(NamedTuple):
+    """What is pushed, again and again. delta: (elements,); data: its encoding. Sessions of one process may share it."""
+
+    delta: F32
+    data: Any
+    codec: str
+
+
+def payload(elements: int, codec: str = LOSSLESS) -> Payload:
+    """An update of STEP everywhere."""
+    plan = _core("payload", elements, Way("none", "", False)).plan(codec)
+    data = zeros(plan.bytes, np.uint8)
+    in_place = plan.in_place(data)
+    delta = zeros(elements, np.float32) if in_place is None else in_place
+    delta.fill(STEP)
+    return Payload(delta, data, codec)
+
+
+class Client:
+    """A worker's session without a model: it pushes the same update again and again, and holds the last reply."""
+
+    def __init__(self, address: str, way: Way, of: Payload, name: str = "benchmark") -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        elements = of.delta.size
+        core = _core(name, elements, way)
+        self._payload, self._plan = of, core.plan(of.codec)
+        self._scalars = Scalars(loss=1.0, samples=1, steps=1, lr=0.1)
+        self.reply: F32 = zeros(elements, np.float32)
+        """(elements,) the center as last received."""
+        self._driver = Driver(core, address, **options(Driver, way))
+        while not isinstance(first := self._await(NeedWeights, Fetched), Fetched):
+            exact = core.plan(LOSSLESS)
+            weights = zeros(exact.bytes, np.uint8)
+            self.reply.fill(START)
+            exact.encode(self.reply, weights)
+            self._driver.post(InitialWeights(weights))
+        self._base = first.base
+
+    def exchange(self) -> None:
+        """Push, and wait for the reply."""
+        delta, data, _ = self._payload
+        self._driver.push(delta, self._plan, data, self._scalars, self._base, self.reply)
+        settled = self._await(Settled)
+        if settled.values is None:
+            raise BenchmarkError(f"The push was {settled.outcome} ({settled.code}): {settled.sentence}")
+        self.reply, self._base = settled.values, settled.base
+
+    def pull(self) -> None:
+        """Look at the center as it is now."""
+        self._driver.post(PullWanted("evaluate"))
+        self.reply = self._await(Fetched).values
+
+    def close(self) -> None:
+        """Say Bye."""
+        self._driver.post(Leave("the benchmark is over"))
+        self._driver.close(harness.END_LIMIT_S)
+
+    def _await(self, *kinds: type[Any]) -> Any:
+        """The next news of these kinds; raises where the server says no, or nothing for too long."""
+        deadline = time.monotonic() + harness.ROUND_LIMIT_S
+        while (left := deadline - time.monotonic()) > 0:
+            news = self._driver.news(left)
+            if isinstance(news, kinds):
+                return news
+            if isinstance(news, Failed):
+                raise news.error
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise BenchmarkError(f"No {names} came within {harness.ROUND_LIMIT_S:g} s.")
+
+
+def _core(name: str, elements: int, way: Way) -> WorkerCore:
+    return WorkerCore(
+        name=name,
+        instance=secrets.token_hex(8),
+        library=LIBRARY,
+        layout=Layout((Tensor("weight", (1, elements), "float32", "parameter"),)),
+        optimizer=Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
+        **options(WorkerCore, way),
+    )
+
+
+def check_ends(vector: F32, expected: float, tolerance: float = 0.0) -> None:
+    """Raise BenchmarkError unless first and last value are `expected`."""
+    if not all(abs(value - expected) <= tolerance * abs(expected) for value in (vector[0], vector[-1])):
+        raise BenchmarkError(f"The reply holds {vector[0]} and {vector[-1]} at its ends, {expected} expected.")
+
+
+def check(vector: F32, expected: float, tolerance: float = 0.0) -> None:
+    """Raise BenchmarkError unless every value is `expected`."""
+    wrong = int(np.count_nonzero(~(np.abs(vector - np.float32(expected)) <= np.float32(tolerance * abs(expected)))))
+    if wrong:
+        raise BenchmarkError(f"{wrong:,} of {vector.size:,} values are not {expected}.")
+
+
+# torch.distributed.rpc
+
+_center = torch.zeros(0)
+"""The center of the process that serves torch.distributed.rpc."""
+_turn = threading.Lock()
+
+
+def peer_environment() -> None:
+    """What peers read as their processes start."""
+    for variable, value in PEER_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+
+
+def push(delta: torch.Tensor) -> torch.Tensor:
+    """Runs in the server, one worker: c <- c + D. delta and result: (elements,) float32."""
+    return _center.add_(delta)
+
+
+def push_in_turn(delta: torch.Tensor) -> torch.Tensor:
+    """The same with several workers: no update is lost, and no reply is sent while it changes."""
+    with _turn:
+        return _center.add_(delta).clone()
+
+
+def rpc_join(name: str, rank: int, world: int, meeting: str) -> None:
+    """Join those who meet at that file."""
+    wanted = rpc.TensorPipeRpcBackendOptions(init_method=meeting, rpc_timeout=harness.ROUND_LIMIT_S)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are using a Backend")  # torch's own call of torch
+        rpc.init_rpc(name, rank=rank, world_size=world, rpc_backend_options=wanted)
+
+
+def rpc_serve(link: Link, meeting: str, elements: int, world: int = 2) -> None:
+    """The process that holds the center."""
+    global _center
+    link.serve()
+    _center = torch.full((elements,), START)
+    rpc_join("server", 0, world, meeting)
+    while True:
+        time.sleep(harness.ROUND_LIMIT_S)
+
+
+@contextmanager
+def meeting() -> Iterator[str]:
+    """A file to meet at, so that no port has to be found."""
+    peer_environment()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        yield (Path(folder) / "meeting").as_uri()
+
+
+# Ray
+
+
+def has_ray() -> bool:
+    """Whether it is installed."""
+    return find_spec("ray") is not None
+
+
+def _ray() -> Any:
+    """Imported only by who uses it; it need not be there."""
+    return import_module("ray")
+
+
+class _RayCenter:
+    def __init__(self, elements: int) -> None:
+        self._center = np.full(elements, START, np.float32)
+
+    def push(self, delta: F32) -> F32:
+        self._center += delta
+        return self._center
+
+
+class _RayWorker:
+    def __init__(self, center: Any, elements: int) -> None:
+        self._center = center
+        self._delta = np.full(elements, STEP, np.float32)
+        self._reply: F32 = np.zeros(0, np.float32)
+
+    def exchange(self) -> None:
+        self._reply = _ray().get(self._center.push.remote(self._delta))
+
+    def window(self, window_s: float) -> list[float]:
+        return harness.window(self.exchange, window_s)
+
+    def verify(self, expected: float) -> bool:
+        self.exchange()
+        check(self._reply, expected)
+        return True
+
+
+class RayCrowd:
+    """A center and workers as actors of a Ray that is started here and ends with this process."""
+
+    def __init__(self, elements: int, workers: int) -> None:
+        ray = _ray()
+        ray.init(
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}},
+        )
+        actor = ray.remote(num_cpus=0)
+        center = actor(_RayCenter).remote(elements)
+        self._workers = [actor(_RayWorker).remote(center, elements) for _ in range(workers)]
+
+    def windows(self, window_s: float) -> list[list[float]]:
+        """The seconds of each exchange of each worker, all at the same time, for so long."""
+        found: list[list[float]] = _ray().get([worker.window.remote(window_s) for worker in self._workers])
+        return found
+
+    def verify(self, expected: float) -> None:
+        """Raise unless one more exchange brings that center."""
+        _ray().get(self._workers[0].verify.remote(expected))
+
+    def close(self) -> None:
+        """End all of it."""
+        _ray().shutdown()
