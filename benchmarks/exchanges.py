@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -35,7 +35,19 @@ from rich.console import Console
 from torch.distributed import rpc
 
 from benchmarks import harness, players
-from benchmarks.harness import Benchmark, BenchmarkError, Case, Child, Competitor, Link, Result, Row, child, jain
+from benchmarks.harness import (
+    Benchmark,
+    BenchmarkError,
+    Case,
+    Child,
+    Competitor,
+    Link,
+    Result,
+    Row,
+    child,
+    children,
+    jain,
+)
 from benchmarks.players import MB, RAY, RPC, START, STEP, Client, Way
 
 CODEC = "fp32"
@@ -176,11 +188,8 @@ def _paramserver(
     way: Way, count: int, processes: int, parameters: int, window_s: float, seen: Seen
 ) -> Iterator[Competitor]:
     shares = [count // processes + (number < count % processes) for number in range(processes)]
-    with players.served(way, {"max_sessions": count + 1}) as server, ExitStack() as stack:
-        workers = [
-            stack.enter_context(child(f"worker {number}", _work, way, parameters, share, number))
-            for number, share in enumerate(shares)
-        ]
+    made = (child(f"worker {number}", _work, way, parameters, share, number) for number, share in enumerate(shares))
+    with players.served(way, {"max_sessions": count + 1}) as server, children(made) as workers:
 
         def first() -> None:
             address = server.hear(harness.START_LIMIT_S)
@@ -211,12 +220,14 @@ def _work(link: Link, way: Way, parameters: int, sessions: int, process: int) ->
 
 @contextmanager
 def _rpc(count: int, parameters: int, window_s: float, seen: Seen) -> Iterator[Competitor]:
-    with players.meeting() as meeting, ExitStack() as stack:
-        server = stack.enter_context(child(f"{RPC} server", players.rpc_serve, meeting, parameters, count + 1))
-        workers = [
-            stack.enter_context(child(f"{RPC} {rank}", _rpc_work, meeting, parameters, rank, count + 1))
-            for rank in range(1, count + 1)
-        ]
+    world = count + 1
+    with (
+        players.meeting() as meeting,
+        child(f"{RPC} server", players.rpc_serve, meeting, parameters, world) as server,
+        children(
+            child(f"{RPC} {rank}", _rpc_work, meeting, parameters, rank, world) for rank in range(1, world)
+        ) as workers,
+    ):
         yield _crowd(seen, window_s, workers, (server,))
 
 
@@ -238,7 +249,6 @@ def _rpc_work(link: Link, meeting: str, parameters: int, rank: int, world: int) 
 
 @contextmanager
 def _ray(count: int, parameters: int, window_s: float, seen: Seen) -> Iterator[Competitor]:
-    players.peer_environment()
     with child(RAY, _ray_drive, count, parameters) as driver:
         yield _crowd(seen, window_s, [driver], ())
 
@@ -313,12 +323,14 @@ def load(way: Way, names: Sequence[str], elements: int, pulls: int, window_s: fl
     """Pulls while nobody pushes, while 32 push at half of what they can, and while nobody pushes again."""
     seen = Seen()
     per_process = LOAD_WORKERS // LOAD_PROCESSES
-    with players.served(way, {}) as server, ExitStack() as stack:
-        pushers = [
-            stack.enter_context(child(f"pusher {number}", _push_paced, way, elements, per_process, number))
-            for number in range(LOAD_PROCESSES)
-        ]
-        puller = stack.enter_context(child("puller", _pull_now_and_then, way, elements))
+    made = (
+        child(f"pusher {number}", _push_paced, way, elements, per_process, number) for number in range(LOAD_PROCESSES)
+    )
+    with (
+        players.served(way, {}) as server,
+        children(made) as pushers,
+        child("puller", _pull_now_and_then, way, elements) as puller,
+    ):
         address = server.hear(harness.START_LIMIT_S)
         for one in (*pushers, puller):
             one.tell(address)

@@ -22,10 +22,11 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,10 +49,16 @@ START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 60.0
 END_LIMIT_S = 5.0
 """A process that was told to end and has not is killed."""
-WIDE_COLUMNS = 160
+WIDE_COLUMNS = 200
 """Of a table that nobody watches."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl.h."""
+PRELOADED = ("benchmarks.players",)
+"""Imported once, before processes are forked off: torch alone takes each process two seconds and 170 MB otherwise."""
+ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Of all processes. Without the first, each end of a connection of a peer reports the end of the other."""
+if sys.platform == "linux":  # or peers look for a network interface by the host's name, which may not resolve
+    ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
 LIBRARIES = ("torch", "numpy", "numba", "pyzmq", "uvloop", "msgpack")
 
 JsonFile = Annotated[
@@ -147,6 +154,7 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     seconds: list[list[float]] = [[] for _ in cases]
     with ExitStack() as stack:
         competitors = [stack.enter_context(case.open()) for case in cases]
+        stack.callback(_resume, competitors)
         for competitor in competitors:
             with competitor.turn():
                 competitor.ready()
@@ -160,6 +168,13 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
             with competitor.turn():
                 competitor.verify()
     return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
+
+
+def _resume(competitors: Sequence[Competitor]) -> None:
+    """Who ends may have to say something to another."""
+    for competitor in competitors:
+        for process in competitor.processes:
+            process.resume()
 
 
 def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
@@ -287,6 +302,7 @@ def ratios(found: Sequence[Row]) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     shown = Table(first, *others, box=None, header_style="bold")
+    shown.columns[0].no_wrap = True
     for column in shown.columns[1:]:
         column.justify = "right"
     return shown
@@ -376,6 +392,11 @@ class Child:
         """Let it go on."""
         self._signal(signal.SIGCONT)
 
+    def dismiss(self) -> None:
+        """Have it end, and do not wait for that; leaving its block does."""
+        self.resume()
+        self._line.close()
+
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None and self._process.is_alive():
             os.kill(self._process.pid, number)
@@ -407,7 +428,10 @@ class Child:
 @contextmanager
 def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[Child]:
     """A fresh process that runs `target(link, *arguments)`; it is gone when the block is left."""
-    context = get_context("spawn")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(there, target, arguments), name=name, daemon=True)
     try:
@@ -427,6 +451,18 @@ def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[C
             if process.is_alive():
                 end()
                 process.join(END_LIMIT_S)
+
+
+@contextmanager
+def children(made: Iterable[AbstractContextManager[Child]]) -> Iterator[list[Child]]:
+    """Several, which end at the same time: each may have to say something to another on its way out."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(one) for one in made]
+        try:
+            yield started
+        finally:
+            for one in started:
+                one.dismiss()
 
 
 @contextmanager

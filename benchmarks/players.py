@@ -64,10 +64,6 @@ LEASE_S = 3600.0
 TOLERANCE = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 2.0**-20}
 """Of the value, by the codec of the reply: of a vector that is the same everywhere, int8 loses only a rounding."""
 RPC, RAY = "torch.distributed.rpc", "Ray actor"
-PEER_ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
-"""Without the first, each end of a connection reports the end of the other."""
-if sys.platform == "linux":  # or they look for a network interface by the host's name, which may not resolve
-    PEER_ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
 
 
 # Ways: the one place that knows how shared memory is switched on and off
@@ -244,12 +240,6 @@ _center = torch.zeros(0)
 _turn = threading.Lock()
 
 
-def peer_environment() -> None:
-    """What peers read as their processes start."""
-    for variable, value in PEER_ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-
-
 def push(delta: torch.Tensor) -> torch.Tensor:
     """Runs in the server, one worker: c <- c + D. delta and result: (elements,) float32."""
     return _center.add_(delta)
@@ -282,7 +272,6 @@ def rpc_serve(link: Link, meeting: str, elements: int, world: int = 2) -> None:
 @contextmanager
 def meeting() -> Iterator[str]:
     """A file to meet at, so that no port has to be found."""
-    peer_environment()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         yield (Path(folder) / "meeting").as_uri()
 
