@@ -296,7 +296,7 @@ def _simulated(counts: Sequence[int], steps: int) -> tuple[list[Result], list[Ro
     solos = {one.run.about["rule"]: _speeds(one.report)[0] for one in done if one.run.about["workers"] == 1}
     for one in done:
         about, rates = one.run.about, _speeds(one.report)
-        size = 4 * int(one.report["bytes_up"] / one.report["updates"] // 4)
+        size = one.report["bytes_up"] // (one.report["updates"] + 1)  # the initial weights were sent, too
         synchronous = RULES[about["rule"]]
         result = Result(Case(one.run.name, size, 2 * size, synchronous, _unopened), (1 / sum(rates),))
         [row] = harness.rows(BENCHMARK.name, [result])
