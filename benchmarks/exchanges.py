@@ -188,7 +188,10 @@ def _paramserver(
     way: Way, count: int, processes: int, parameters: int, window_s: float, seen: Seen
 ) -> Iterator[Competitor]:
     shares = [count // processes + (number < count % processes) for number in range(processes)]
-    made = (child(f"worker {number}", _work, way, parameters, share, number) for number, share in enumerate(shares))
+    made = (
+        child(f"worker {number}", players.work, way, parameters, CODEC, share, number)
+        for number, share in enumerate(shares)
+    )
     with players.served(way, {"max_sessions": count + 1}) as server, children(made) as workers:
 
         def first() -> None:
@@ -197,22 +200,6 @@ def _paramserver(
                 worker.tell(address)
 
         yield _crowd(seen, window_s, workers, (server,), first)
-
-
-def _work(link: Link, way: Way, parameters: int, sessions: int, process: int) -> None:
-    address = next(link.requests(), None)
-    if address is None:  # the benchmark is gone before it began
-        return
-    update = players.payload(parameters, CODEC)
-    clients = [Client(address, way, update, f"worker-{process}-{number}") for number in range(sessions)]
-
-    def verify(expected: float) -> None:
-        clients[0].exchange()
-        players.check(clients[0].reply, expected)
-
-    _answer_windows(link, [client.exchange for client in clients], verify)
-    for client in clients:
-        client.close()
 
 
 # Peers
@@ -243,7 +230,7 @@ def _rpc_work(link: Link, meeting: str, parameters: int, rank: int, world: int) 
         exchange()
         players.check(reply.numpy(), expected)
 
-    _answer_windows(link, [exchange], verify)
+    players.answer_windows(link, [exchange], verify)
     os._exit(0)  # the server is told by the benchmark; a shutdown in step with it could only wait
 
 
@@ -256,7 +243,7 @@ def _ray(count: int, parameters: int, window_s: float, seen: Seen) -> Iterator[C
 def _ray_drive(link: Link, count: int, parameters: int) -> None:
     crowd = players.RayCrowd(parameters, count)
     try:
-        _answer(link, crowd.windows, crowd.verify)
+        players.answer(link, crowd.windows, crowd.verify)
     finally:
         crowd.close()
 
@@ -291,29 +278,6 @@ def _crowd(
         ask(f"verify {START + STEP * (seen.pushes + 1)}", workers[:1])
 
     return Competitor(ready, one_round, verify, (*others, *workers))
-
-
-def _answer_windows(link: Link, exchanges: Sequence[Callable[[], None]], verify: Callable[[float], None]) -> None:
-    """The loop of a child with these workers, each of them on a thread."""
-    with ThreadPoolExecutor(len(exchanges)) as pool:
-
-        def windows(window_s: float) -> list[list[float]]:
-            if len(exchanges) == 1:
-                return [harness.window(exchanges[0], window_s)]
-            return list(pool.map(lambda exchange: harness.window(exchange, window_s), exchanges))
-
-        _answer(link, windows, verify)
-
-
-def _answer(link: Link, windows: Callable[[float], list[list[float]]], verify: Callable[[float], None]) -> None:
-    link.answer("ready")
-    for request in link.requests():
-        word, _, figure = request.partition(" ")
-        if word == "verify":
-            verify(float(figure))
-            link.answer([])
-        else:
-            link.answer(windows(float(figure)))
 
 
 # A pull beside many pushers

@@ -110,6 +110,8 @@ class Case(NamedTuple):
     """Bytes that one round carries, all directions together."""
     peer: bool
     open: Callable[[], AbstractContextManager[Competitor]]
+    needs_bytes: int = 0
+    """Memory of all its processes, about."""
 
 
 class Row(TypedDict):
@@ -177,6 +179,33 @@ def _resume(competitors: Sequence[Competitor]) -> None:
             process.resume()
 
 
+def groups(cases: Sequence[Case], room_bytes: int) -> list[list[Case]]:
+    """Cases that are open together: all, where there is room; else one at a time, each with the peers that fit too.
+
+    A case that does not fit alone is in none.
+    """
+    if sum(case.needs_bytes for case in cases) <= room_bytes:
+        return [list(cases)]
+    found = []
+    for one in [case for case in cases if not case.peer] or cases:
+        group, left = [one], room_bytes - one.needs_bytes
+        for peer in (case for case in cases if case.peer and case is not one):
+            if peer.needs_bytes <= left:
+                group.append(peer)
+                left -= peer.needs_bytes
+        if one.needs_bytes <= room_bytes:
+            found.append(group)
+    return found
+
+
+def free_bytes() -> int:
+    """Memory that this machine has to give."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise BenchmarkError("This system does not say how much memory is available.")
+
+
 def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
     """The results as plain values; each is compared with every peer of its size but itself."""
     return [
@@ -215,10 +244,11 @@ def jain(rates: Sequence[float]) -> float:
 
 
 def window(exchange: Callable[[], None], window_s: float) -> list[float]:
-    """The seconds of each exchange, one after the other, begun within so long."""
-    taken, now = [], time.perf_counter()
+    """The seconds of each exchange, one after the other, begun within so long; of one at least."""
+    taken: list[float] = []
+    now = time.perf_counter()
     end = now + window_s
-    while now < end:
+    while now < end or not taken:
         started = now
         exchange()
         now = time.perf_counter()
@@ -293,10 +323,11 @@ def ratios(found: Sequence[Row]) -> Table:
     What stands in brackets at the end of a name, such as the number of workers, is the same in row and column.
     """
     peers = list(dict.fromkeys(name.partition(" (")[0] for row in found for name in row["ratios"]))
-    shown = _table("times as fast as", *peers)
+    shown = _table("times as fast as", "MB", *peers)
     for row in found:
         by_peer = {name.partition(" (")[0]: ratio for name, ratio in row["ratios"].items()}
-        shown.add_row(row["case"], *(f"{by_peer[name]:.2f}" if name in by_peer else "" for name in peers))
+        figures = (f"{by_peer[name]:.2f}" if name in by_peer else "" for name in peers)
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *figures)
     return shown
 
 
@@ -476,9 +507,16 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def answer_rounds(
-    link: Link, exchange: Callable[[], None], check: Callable[[int], None], verify: Callable[[int], None]
+    link: Link,
+    exchange: Callable[[], None],
+    check: Callable[[int], None],
+    verify: Callable[[int], None],
+    times: int = 1,
 ) -> None:
-    """The loop of a competitor's child: time exchanges. check(k) after round k and verify(k) at the end raise."""
+    """The loop of a competitor's child: the seconds of one exchange, of `times` in each round.
+
+    check(k) after the round that ends with exchange k, and verify(k) at the end, raise.
+    """
     link.answer("ready")
     done = 0
     for request in link.requests():
@@ -487,11 +525,12 @@ def answer_rounds(
             link.answer("right")
             continue
         started = time.perf_counter()
-        exchange()
+        for _ in range(times):
+            exchange()
         spent = time.perf_counter() - started
-        done += 1
+        done += times
         check(done)
-        link.answer(spent)
+        link.answer(spent / times)
 
 
 def competitor(of: Child, *others: Child, first: Callable[[], None] = lambda: None) -> Competitor:

@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -43,6 +44,7 @@ from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import Optimizer, Scalars
 from paramserver.daemon import Daemon
+from paramserver.snapshots import BUFFERS
 from worker.core import (
     LOSSLESS,
     Failed,
@@ -136,6 +138,13 @@ def serve(link: Link, address: str, settings: dict[str, Any]) -> None:
     Daemon(ServerSettings.model_validate(chosen), announce, link.answer).run()
 
 
+def pool_mib(elements: int, exchanges: int = 1, codec: str = LOSSLESS, reply_codec: str = LOSSLESS) -> int:
+    """The smallest `pool_mib` that holds so many exchanges of a model at once."""
+    core = _core("pool", elements, Way("none", "", False))
+    up, down = core.plan(codec).bytes, core.plan(reply_codec).bytes
+    return -(-(BUFFERS * down + exchanges * (up + down)) // 2**20)
+
+
 # Our sessions
 
 
@@ -207,6 +216,47 @@ class Client:
                 raise news.error
         names = " or ".join(kind.__name__ for kind in kinds)
         raise BenchmarkError(f"No {names} came within {harness.ROUND_LIMIT_S:g} s.")
+
+
+def work(link: Link, way: Way, elements: int, codec: str, sessions: int, process: int) -> None:
+    """Runs in a process with so many workers: answers windows in which they all exchange as often as they can."""
+    address = next(link.requests(), None)
+    if address is None:  # the benchmark is gone before it began
+        return
+    update = payload(elements, codec)
+    clients = [Client(address, way, update, f"worker-{process}-{number}") for number in range(sessions)]
+
+    def verify(expected: float) -> None:
+        clients[0].exchange()
+        check(clients[0].reply, expected, TOLERANCE[LOSSLESS])
+
+    answer_windows(link, [client.exchange for client in clients], verify)
+    for client in clients:
+        client.close()
+
+
+def answer_windows(link: Link, exchanges: Sequence[Callable[[], None]], verify: Callable[[float], None]) -> None:
+    """The loop of a child with these workers, each of them on a thread."""
+    with ThreadPoolExecutor(len(exchanges)) as pool:
+
+        def windows(window_s: float) -> list[list[float]]:
+            if len(exchanges) == 1:
+                return [harness.window(exchanges[0], window_s)]
+            return list(pool.map(lambda exchange: harness.window(exchange, window_s), exchanges))
+
+        answer(link, windows, verify)
+
+
+def answer(link: Link, windows: Callable[[float], list[list[float]]], verify: Callable[[float], None]) -> None:
+    """The loop of a child: `window SECONDS` and `verify EXPECTED`."""
+    link.answer("ready")
+    for request in link.requests():
+        word, _, figure = request.partition(" ")
+        if word == "verify":
+            verify(float(figure))
+            link.answer([])
+        else:
+            link.answer(windows(float(figure)))
 
 
 def _core(name: str, elements: int, way: Way) -> WorkerCore:
@@ -310,6 +360,9 @@ class _RayWorker:
     def window(self, window_s: float) -> list[float]:
         return harness.window(self.exchange, window_s)
 
+    def exchanges(self, times: int) -> list[float]:
+        return [harness.window(self.exchange, 0.0)[0] for _ in range(times)]
+
     def verify(self, expected: float) -> bool:
         self.exchange()
         check(self._reply, expected)
@@ -335,6 +388,11 @@ class RayCrowd:
     def windows(self, window_s: float) -> list[list[float]]:
         """The seconds of each exchange of each worker, all at the same time, for so long."""
         found: list[list[float]] = _ray().get([worker.window.remote(window_s) for worker in self._workers])
+        return found
+
+    def exchanges(self, times: int) -> list[list[float]]:
+        """The seconds of so many exchanges of each worker."""
+        found: list[list[float]] = _ray().get([worker.exchanges.remote(times) for worker in self._workers])
         return found
 
     def verify(self, expected: float) -> None:
