@@ -180,6 +180,11 @@ def _case(name: str, count: int, parameters: int, seen: dict[str, Seen], peer: b
     return Case(full, 4 * parameters, 8 * parameters, peer, partial(open_with, seen[full]))
 
 
+def shares(count: int, processes: int) -> list[int]:
+    """So many workers over so many processes."""
+    return [count // processes + (number < count % processes) for number in range(processes)]
+
+
 # paramserver
 
 
@@ -187,10 +192,9 @@ def _case(name: str, count: int, parameters: int, seen: dict[str, Seen], peer: b
 def _paramserver(
     way: Way, count: int, processes: int, parameters: int, window_s: float, seen: Seen
 ) -> Iterator[Competitor]:
-    shares = [count // processes + (number < count % processes) for number in range(processes)]
     made = (
         child(f"worker {number}", players.work, way, parameters, CODEC, share, number)
-        for number, share in enumerate(shares)
+        for number, share in enumerate(shares(count, processes))
     )
     with players.served(way, {"max_sessions": count + 1}) as server, children(made) as workers:
 

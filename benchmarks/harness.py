@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -276,8 +277,10 @@ def report(
         console.width = WIDE_COLUMNS
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
-    console.print(times(found))
-    console.print(ratios(found))
+    for _, rows_of_a_kind in groupby(found, lambda row: tuple(row.get("also", {}))):
+        console.print(times(list(rows_of_a_kind)))
+    if any(row["ratios"] for row in found):
+        console.print(ratios(found))
     if json_file is None:
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -414,6 +417,12 @@ class Child:
         self._name = name
         self._process = process
         self._line = line
+
+    @property
+    def pid(self) -> int:
+        """Its process, which has started."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def suspend(self) -> None:
         """Stop it where it stands; the system ends a stopped process, too, when the benchmark is gone."""

@@ -102,8 +102,8 @@ def figures(seen: Seen, plain: Seen, steps: int) -> dict[str, float]:
         "step_ms": 1e3 * median(seen.column(0)) / steps,
         "cpu_ms": 1e3 * median(seen.column(1)) / steps,
         "stalled_ms": 1e3 * median(seen.column(2)) / steps,
-        "over_plain_%": wall,
-        "over_plain_cpu_%": cpu,
+        "over_plain_percent": wall,
+        "over_plain_cpu_percent": cpu,
     }
 
 

@@ -89,7 +89,7 @@ def run(
 def cases(size_mb: int, ways: Sequence[Way], codecs: Sequence[str]) -> list[Case]:
     """Every way to exchange a model of that size."""
     elements = size_mb * MB // 4
-    times = min(max(ROUND_BYTES // (size_mb * MB), 1), TIMES_LIMIT)
+    times = times_of(size_mb)
     found = [ours(way, codec, elements, times) for codec in codecs for way in ways]
     found += [
         _case(COPY, elements, True, partial(_alone, COPY, _copy, elements, times)),
@@ -99,6 +99,11 @@ def cases(size_mb: int, ways: Sequence[Way], codecs: Sequence[str]) -> list[Case
     if players.has_ray():
         found.append(_case(RAY, elements, True, partial(_alone, RAY, _ray, elements, times)))
     return found
+
+
+def times_of(size_mb: int) -> int:
+    """Exchanges in a round of that size."""
+    return min(max(ROUND_BYTES // (size_mb * MB), 1), TIMES_LIMIT)
 
 
 def ours(way: Way, codec: str, elements: int, times: int) -> Case:

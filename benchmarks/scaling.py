@@ -44,6 +44,8 @@ COMPUTE_S, NETWORK = 0.1, "lognormal:1ms,0.5"
 """Of simulated workers."""
 RULES = {"downpour": False, "local_sgd": True}
 """Those simulated, and whether they wait for all."""
+SYNCHRONOUS_LIMIT = 100
+"""Of simulated workers that wait for all: what becomes of them shows long before, and more take minutes."""
 
 Workers = Annotated[list[int], typer.Option("--workers", min=2, help="Real workers; repeat for more.")]
 Parameters = Annotated[int, typer.Option("--parameters", min=1, help="Of the model.")]
@@ -285,7 +287,7 @@ def _simulated(counts: Sequence[int], steps: int) -> tuple[list[Result], list[Ro
         for rule in RULES
         for count in counts
         for slow in (1.0, SLOW)
-        if count > 1 or slow == 1
+        if (count > 1 or slow == 1) and (count <= SYNCHRONOUS_LIMIT or not RULES[rule])
         for name, words in [_run_of(rule, count, slow, steps)]
     ]
     if not runs:

@@ -23,7 +23,7 @@ def test_figures_are_of_a_step_and_leave_out_the_warm_up() -> None:
     plain = Seen([(9.0, 9.0, 0.0), (1.0, 0.8, 0.0), (1.0, 0.8, 0.0)])
     ours = Seen([(7.0, 7.0, 7.0), (1.1, 0.8, 0.02), (1.1, 1.0, 0.04)])
     assert overhead.figures(ours, plain, 10) == pytest.approx(
-        {"step_ms": 110, "cpu_ms": 90, "stalled_ms": 3, "over_plain_%": 10, "over_plain_cpu_%": 12.5}
+        {"step_ms": 110, "cpu_ms": 90, "stalled_ms": 3, "over_plain_percent": 10, "over_plain_cpu_percent": 12.5}
     )
 
 
@@ -55,5 +55,5 @@ def test_a_few_steps_with_and_without_come_to_the_trained_model(tmp_path: Path) 
         "SDK, H = 1",
         "SDK, H = 2, overlap",
     ]
-    assert rows[0]["also"]["over_plain_%"] == 0
+    assert rows[0]["also"]["over_plain_percent"] == 0
     assert multiprocessing.active_children() == []
