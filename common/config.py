@@ -135,6 +135,9 @@ class ServerSettings(Settings):
     bind: tuple[Address, ...] = Field(
         default=("tcp://127.0.0.1:5555",), min_length=1, description="addresses to listen on"
     )
+    shared_memory: bool = Field(
+        default=True, description="workers on this machine read and write tensors in memory they share with the server"
+    )
     # what it computes
     rule: RuleName = Field(default="downpour", description="update rule; `paramserver rules` lists them")
     rule_settings: dict[str, bool | int | float | str] = Field(default={}, description="settings of the rule")
@@ -179,7 +182,7 @@ class ServerSettings(Settings):
     drain_s: float = Field(default=5, ge=0, le=3600, description="time for open transfers to end when the server stops")
     # what it keeps
     directory: Path | None = Field(
-        default=None, description="where checkpoints and run log go; without, nothing is saved"
+        default=None, description="where checkpoints and run log go; `serve` without one saves nothing"
     )
     checkpoint_interval_s: float = Field(default=60, gt=0, le=86_400, description="time between checkpoints")
     max_unsaved_age_s: float = Field(
@@ -294,6 +297,13 @@ class ServerSettings(Settings):
                 "local_steps_by 'diversity' needs what diversity_every_steps 0 does not measure.",
                 fix="Measure every so many steps, or set local_steps_by to fixed or speed.",
             )
+        return value
+
+    @field_validator("directory", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise _no("directory is empty.", fix="Name one, such as runs/first, or leave it out.")
         return value
 
     @field_validator("max_unsaved_age_s")

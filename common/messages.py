@@ -5,7 +5,8 @@ Laws
 * A version is always the pair (epoch, version); it only grows.
 * A transfer that fits one chunk is one message each way (`Push` up, the payload of `Ack` or `Offer` down).
 * Windows are absolute (`until`: chunks with a smaller index may be sent), so repeating one changes nothing.
-* Tensor bytes are only ever in `payload`, the second frame, never in the header.
+* Tensor bytes are only ever in `payload`, the second frame, never in the header. Between two processes that share
+  memory the payload is a view of it, and may be a whole reply.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of this protocol. A peer with another is refused with a sentence, before anything else is read."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -123,6 +124,37 @@ class Scalars:
     lr: float
     diversity: Diversity | None = None
     """None: nothing was measured since the last push."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where another process of the same machine finds memory (`common.shared`)."""
+
+    process: int
+    descriptor: int
+    bytes: int
+    mark: str
+    """Hexadecimal: what the memory bears, so that it is known for sure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """My updates lie in this memory; Shared answers. Until it does, bytes travel in messages."""
+
+    session: str
+    connection: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Yours is mapped, and replies to your pushes lie in mine from now on. None: they travel in messages, because of
+    the sentence."""
+
+    session: str
+    connection: int
+    place: Place | None
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +368,8 @@ class Answer:
 Message: TypeAlias = (
     Hello
     | Welcome
+    | Share
+    | Shared
     | Begin
     | Push
     | Grant

@@ -1,6 +1,6 @@
 """Messages to frames and back; nothing else.
 
-    frame 0   header: a msgpack map {"protocol": 3, "type": "push", ...fields}, at most 64 KiB
+    frame 0   header: a msgpack map {"protocol": 4, "type": "push", ...fields}, at most 64 KiB
     frame 1   payload: raw bytes, only where there are any, at most one chunk and codec overhead
 
 Laws
@@ -53,8 +53,8 @@ def encode(message: Message) -> list[Buffer]:
     return frames
 
 
-def decode(frames: Sequence[Buffer]) -> Message:
-    """The message in `frames`; raises WireError."""
+def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> Message:
+    """The message in `frames`; raises WireError. payload_bytes: longest payload, where it may lie in shared memory."""
     if not 1 <= len(frames) <= 2:
         raise WireError(f"A message has one or two frames, not {len(frames)}.")
     if len(frames[0]) > HEADER_BYTES:
@@ -72,9 +72,9 @@ def decode(frames: Sequence[Buffer]) -> Message:
     if len(frames) == 2:
         if not kind.has_payload:
             raise WireError(f"{kind.cls.__name__} carries no payload.")
-        if len(frames[1]) > PAYLOAD_BYTES:
+        if len(frames[1]) > payload_bytes:
             raise WireError(
-                f"The payload has {len(frames[1])} bytes, at most {PAYLOAD_BYTES} are allowed.", code=Code.LIMIT
+                f"The payload has {len(frames[1])} bytes, at most {payload_bytes} are allowed.", code=Code.LIMIT
             )
         values["payload"] = frames[1]
     return cast(Message, kind.cls(**values))

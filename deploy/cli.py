@@ -183,7 +183,7 @@ def worker(
     "ServerSettings",
     only=(
         *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
-        *("local_steps_by", "diversity_every_steps", "diversity_delta"),
+        *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "arrivals", "max_arrivals_mib"),
     ),
 )
@@ -225,7 +225,7 @@ def launch(
     only=(
         *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("lag_weight", "lag_exponent", "max_lag", "beyond_max_lag", "max_clock_gap", "buffers", "lease_s"),
-        *("local_steps_by", "diversity_every_steps", "diversity_delta"),
+        *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "checkpoint_interval_s"),
     ),
 )
@@ -253,6 +253,11 @@ def simulate(
 ) -> None:
     """Run a server and its workers in virtual time, in one process, and report: one seed, one result, bit for bit."""
     loaded = load("ServerSettings", config, flags)
+    if loaded.settings.arrivals:
+        raise ConfigError(
+            f"A simulation records no arrivals, and {loaded.origins['arrivals']} asks for them.",
+            fix="Leave it out: the same command and seed give the same run again.",
+        )
     from deploy import plan, simulation
     from deploy.simulation import scenario
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common.errors import ParamserverError
+from common.errors import ParamserverError, StateError
 from deploy import report
 from deploy.plan import Plan
 from deploy.run import Run, read
@@ -53,8 +53,11 @@ def launch(plan: Plan, console: Console, say: Say) -> dict[str, Any]:
     except (ParamserverError, KeyboardInterrupt, SystemExit) as error:
         end = error.sentence if isinstance(error, ParamserverError) else STOPPED
         if run.status.get("updates"):
-            _, page = report.write(plan.directory, _summary(plan, run, solo, end))
-            say("info", f"What was done until then: {page}")
+            try:
+                _, page = report.write(plan.directory, _summary(plan, run, solo, end))
+                say("info", f"What was done until then: {page}")
+            except StateError as no_room:
+                say("warning", str(no_room))
         raise
     path, page = report.write(plan.directory, _summary(plan, run, solo, 0))
     return read(path) | {"report": str(page)}

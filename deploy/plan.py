@@ -1,7 +1,8 @@
 """What a run on this machine is to be, checked: its settings, task, devices and directory. Nothing is started here.
 
 Laws
-* What is wrong with settings or task is said before anything is started, and nothing is written until then.
+* What is wrong with settings or task is said before anything is started, and nothing is written until then: the
+  directory that nobody chose is made last, so that it is this run's alone.
 * What was not given is filled in, and its origin says so.
 * `words_of` gives a server the very settings of the plan.
 
@@ -10,6 +11,7 @@ Left out: running it (`deploy.local`).
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +22,7 @@ import torch
 
 from common import config, discovery
 from common.config import Loaded, ServerSettings
-from common.errors import ConfigError
+from common.errors import ConfigError, StateError
 from worker import mechanisms, tasks
 from worker.tasks import OPTIMIZERS, Context, Task
 
@@ -125,13 +127,16 @@ def make(
         chosen["max_sessions"] = len(devices) + SPARE_SESSIONS
     if loaded.origins["lease_s"] == "default":
         chosen["lease_s"] = LEASE_S
-    if settings.directory is None:
-        chosen["directory"] = _fresh_directory(f"{settings.rule}-{Path(task.partition('.py')[0]).name}")
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     settings = ServerSettings.model_validate(given | chosen)
-    assert settings.directory is not None
+    if settings.directory is None:
+        directory = _fresh_directory(f"{settings.rule}-{Path(task.partition('.py')[0]).name}")
+        chosen["directory"] = directory
+        settings = ServerSettings.model_validate(given | chosen)
+    else:
+        directory = settings.directory
     server = Loaded(settings, {**loaded.origins, **dict.fromkeys(chosen, "launch")})
-    return Plan(server, task, devices, threads, settings.directory, data, optimizer, mechanism, solo, center)
+    return Plan(server, task, devices, threads, directory, data, optimizer, mechanism, solo, center)
 
 
 def words_of(settings: ServerSettings) -> list[str]:
@@ -171,9 +176,17 @@ def _devices(workers: int | None, per_gpu: int | None) -> tuple[str, ...]:
 
 
 def _fresh_directory(name: str) -> Path:
+    """A new directory, made here and now: of two runs that start in the same second, each gets its own."""
     first = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    path, count = first, 1
-    while path.exists():
-        count += 1
-        path = first.with_name(f"{first.name}-{count}")
-    return path
+    for count in itertools.count(1):
+        path = first if count == 1 else first.with_name(f"{first.name}-{count}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StateError(
+                f"No directory can be made for this run: {error}.", fix="Choose a place with --directory."
+            ) from None
+        return path
+    raise AssertionError

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.codecs.base import F32
+from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Ack, Reply, Scalars
 from common.rules.base import Accumulate, Apply, Effect, Exchange, Facts, changes_center, reply_to, weighted
@@ -45,6 +45,8 @@ class _Push:
     effects: Sequence[Effect] = ()
     answer: Answer | None = None
     late: bool = False
+    memory: U8 | None = None
+    """Shared with its worker when its turn came: the reply lies there. None: it lies in the slot."""
 
 
 class Applying:
@@ -105,7 +107,7 @@ class Applying:
         self._out.tell(session, self.answer(session))
 
     def send_owed(self, session: Session) -> None:
-        """The very same reply once more."""
+        """The very same reply, once more or for the first time."""
         owed = session.owed
         assert owed is not None
         owed.readers += 1
@@ -120,13 +122,14 @@ class Applying:
         self._out.add(
             self._downlink.offer(
                 announce,
-                owed.slot.reply[: plan.bytes],
+                owed.reply[: plan.bytes],
                 plan,
                 owed.version,
                 (session.token, session.connection, session.peer),
                 owed.read,
                 now=self._state.now,
                 of_push=True,
+                whole=owed.reply is session.memory,
             )
         )
 
@@ -165,13 +168,14 @@ class Applying:
         push.answer = reply_to(session.worker, effects)
         if push.answer is not None and state.too_far_ahead(session):
             push.answer, push.late = None, True
+        push.memory = session.memory
         return shard.push_work(
             facts.fragment,
             slot.update,
             session.arrays,
             push.effects,
             push.answer,
-            slot.reply,
+            slot.reply if push.memory is None else push.memory,
             self._buffers(session, facts.fragment),
         )
 
@@ -219,7 +223,11 @@ class Applying:
             self._out.tell(session, self.answer(session))
         else:
             version = before if push.answer is not None and push.answer.what == "before" else shard.version
-            session.owed = Owed(slot, version, lambda: uplink.give(slot))
+            if push.memory is None:
+                session.owed = Owed(slot.reply, slot, version, uplink.give)
+            else:
+                session.owed = Owed(push.memory, None, version, uplink.give)
+                uplink.give(slot)
             self.send_owed(session)
             if state.rule.lost_reply == "reanchor":
                 session.owed.settle()

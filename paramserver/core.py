@@ -9,8 +9,8 @@ Laws
 * (epoch, version) only grows.
 
 This file is the door: it finds the session a message belongs to, hands it to the part whose business it is, and lets
-time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `durability`;
-what they share is `state`.
+time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `sharing`,
+`durability`; what they share is `state`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from common.messages import (
     Push,
     Query,
     Report,
+    Share,
     Version,
 )
 from common.node import JobDone, Received, Released, Tick, Unsendable
@@ -51,10 +52,22 @@ from paramserver.order import WorkOrder
 from paramserver.pulls import Pulls
 from paramserver.session import Session
 from paramserver.shard import Shard
+from paramserver.sharing import Attach, Attached, Detach, Sharing
 from paramserver.state import Outbox, ServerState
 from paramserver.uplink import Uplink
 
-__all__ = ["Exit", "Recovered", "Save", "SaveFailed", "Saved", "ServerCore", "Stop"]
+__all__ = [
+    "Attach",
+    "Attached",
+    "Detach",
+    "Exit",
+    "Recovered",
+    "Save",
+    "SaveFailed",
+    "Saved",
+    "ServerCore",
+    "Stop",
+]
 
 
 WAITS_S = 30.0
@@ -75,12 +88,19 @@ class Exit:
 
 
 class ServerCore:
-    """One shard and its sessions. `token()` draws an unguessable session token."""
+    """One shard and its sessions. `token()` draws an unguessable session token; `machine`: the one it runs on, where
+    memory may be shared."""
 
     def __init__(
-        self, settings: ServerSettings, *, epoch: int, token: Callable[[], str], recovered: Recovered | None = None
+        self,
+        settings: ServerSettings,
+        *,
+        epoch: int,
+        token: Callable[[], str],
+        recovered: Recovered | None = None,
+        machine: str = "",
     ) -> None:
-        self.state = ServerState.of(settings, epoch)
+        self.state = ServerState.of(settings, epoch, machine)
         self.out = Outbox()
         self.order = WorkOrder()
         self.downlink = Downlink()
@@ -112,7 +132,10 @@ class ServerCore:
             decided=self.applying.tell_decision,
             again=self.pulls.answer_again,
         )
-        self.joining = Joining(self.state, self.out, token, self.order, self.initial, self.uplink, self.downlink)
+        self.sharing = Sharing(self.state, self.out)
+        self.joining = Joining(
+            self.state, self.out, token, self.order, self.initial, self.uplink, self.downlink, self.sharing
+        )
         self.durability = Durability(self.state, self.out, self.order)
         self.drained = 0
         """Messages of old connections, dropped."""
@@ -192,6 +215,8 @@ class ServerCore:
                 self.durability.saved(version, seconds)
             case SaveFailed(sentence):
                 self.durability.failed(sentence)
+            case Attached():
+                self.sharing.attached(event)
             case Stop(reason):
                 self._stop(reason)
             case Tick():
@@ -233,6 +258,9 @@ class ServerCore:
             case Query():
                 payload = status.encode(status.describe(self, self.state.now))
                 self.out.send(peer, Answer(payload=payload))
+            case Share():
+                if session := self._session(message, peer):
+                    self.sharing.share(session, message)
             case Push(begin=begin):
                 if session := self._session(begin, peer):
                     self.uplink.push(session, message)
@@ -412,6 +440,7 @@ class ServerCore:
             self._leaving[session.token] = (reason, session.connection)
             return
         self.initial.give_up(session, back_in_line=False)
+        self.sharing.stop(session)
         self.uplink.drop(session)
         self.downlink.cancel(session.token)
         session.end(self.state.now)
@@ -471,7 +500,7 @@ class ServerCore:
         slots = self.state.model.slots
         slots.validate()
         self.state.model.snapshots.validate()
-        owed = [s.owed.slot.index for s in self.sessions.values() if s.owed]
+        owed = [s.owed.slot.index for s in self.sessions.values() if s.owed and s.owed.slot]
         held = [s.transfer.slot.index for s in self.sessions.values() if s.transfer and s.transfer.slot] + owed
         assert len(held) == len(set(held)), "a slot has two owners"
         assert len(held) <= slots.taken <= len(held) + len(self.downlink), (

@@ -23,16 +23,28 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from common import LIBRARY, rules, transports
-from common.codecs.base import BLOCK_ELEMENTS
+from common import LIBRARY, rules, shared, transports
+from common.codecs.base import BLOCK_ELEMENTS, U8
 from common.config import ServerSettings
 from common.errors import ConfigError, KernelError, ParamserverError, PeerError, StateError
 from common.layout import Layout, Tensor, center_sha256
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
 from common.rules.base import Facts, Member, reply_to
+from common.shared import Memory
 from paramserver.arrivals import Begin, End, Started, Stopped
 from paramserver.checkpoint import Directory, Loaded, fingerprint
-from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
+from paramserver.core import (
+    Attach,
+    Attached,
+    Detach,
+    Exit,
+    Recovered,
+    Save,
+    Saved,
+    SaveFailed,
+    ServerCore,
+    Stop,
+)
 from paramserver.kernel_pool import KernelPool
 from paramserver.recorder import Recorder, Unrecorded
 from paramserver.shard import CENTER, Shard, Work
@@ -85,13 +97,17 @@ class Daemon:
         threads = settings.kernel_threads or min(os.cpu_count() or 1, CORE_THREADS_LIMIT)
         self._pool = KernelPool(threads, self._job_done, self._job_failed)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._attaching = ThreadPoolExecutor(1, thread_name_prefix="attach")
+        self._shared: dict[bytes, Memory] = {}
+        """By peer, what it reads its replies from."""
         try:
             epoch, loaded = self._recover(directory)
             self._log = RunLog(directory.path if directory else None, settings.max_log_mib << 20)
             self._directory = directory
             warm(settings)
             recovered = Recovered(dict(loaded.arrays), dict(loaded.record)) if loaded else None
-            self._core = ServerCore(settings, epoch=epoch, token=self._token, recovered=recovered)
+            machine = shared.MACHINE if settings.shared_memory and not settings.arrivals else ""
+            self._core = ServerCore(settings, epoch=epoch, token=self._token, recovered=recovered, machine=machine)
             self._endpoint = endpoint = transports.listen(settings.bind)
             if settings.arrivals and directory is not None:
                 self._recorder = self._record(directory, epoch, loaded)
@@ -108,7 +124,10 @@ class Daemon:
         finally:
             self._pool.close()
             self._writer.shutdown(wait=True)
+            self._attaching.shutdown(wait=True, cancel_futures=True)
             self._recorder.close(self._last_record)
+            for peer in list(self._shared):
+                self._unshare(peer)
             if endpoint is not None:
                 await asyncio.sleep(0.05)  # let the last goodbyes leave
                 endpoint.close()
@@ -243,6 +262,10 @@ class Daemon:
                     self._log.write(kind, values)
                 case Say(level, sentence):
                     self._announce(level, sentence)
+                case Attach():
+                    self._attaching.submit(self._attach, action)
+                case Detach(peer):
+                    self._unshare(peer)
                 case Save():
                     self._recorder.flush()
                     self._writer.submit(self._save, action)
@@ -273,6 +296,34 @@ class Daemon:
         except Exception as error:  # a checkpoint that fails, for whatever reason, never stops training
             event = SaveFailed(f"{type(error).__name__}: {error}.")
         self._loop.call_soon_threadsafe(self._handle_and_receive, event)
+
+    # Shared memory
+
+    def _attach(self, wanted: Attach) -> None:
+        """On a thread of its own: mapping many pages takes as long as copying them."""
+        try:
+            theirs = shared.attach(wanted.place, expect=wanted.update_bytes)
+            mine = Memory.make(wanted.reply_bytes)
+        except (shared.CannotAttach, StateError) as error:
+            self._loop.call_soon_threadsafe(
+                self._handle, Attached(wanted.peer, wanted.session, wanted.connection, None, None, str(error))
+            )
+        else:
+            self._loop.call_soon_threadsafe(self._attached, wanted, theirs, mine)
+
+    def _attached(self, wanted: Attach, theirs: U8, mine: Memory) -> None:
+        if self._stopped.is_set():
+            mine.withdraw()
+            return
+        self._unshare(wanted.peer)
+        self._shared[wanted.peer] = mine
+        self._endpoint.share(wanted.peer, mine, (bytes.fromhex(wanted.place.mark), theirs))
+        self._handle(Attached(wanted.peer, wanted.session, wanted.connection, mine.data, mine.place))
+
+    def _unshare(self, peer: bytes) -> None:
+        self._endpoint.unshare(peer)
+        if (mine := self._shared.pop(peer, None)) is not None:
+            mine.withdraw()
 
     def _fail(self, error: BaseException) -> None:
         """Nothing sensible can go on: end without saving what may be half changed."""

@@ -66,16 +66,18 @@ class Downlink:
         *,
         now: float,
         of_push: bool = False,
+        whole: bool = False,
     ) -> Send:
-        """Announce `data` to (session, connection, peer); `done` runs once nobody reads it any more."""
+        """Announce `data` to (session, connection, peer); `done` runs once nobody reads it any more. `whole`: in one
+        message, because it lies in memory that the receiver shares."""
         self._last_id += 1
         reply = Reply(self._last_id, plan.bytes, plan.codec, version)
         session, connection, peer = to
         out = Outgoing(reply, data, plan, session, connection, peer, done, of_push=of_push, asked=now)
         self._outgoing[reply.id] = out
-        if len(plan.chunks) > 1:
+        if len(plan.chunks) > 1 and not whole:
             return Send(peer, wire.encode(announce(reply, b"")))
-        out.sent = out.reading = 1
+        out.sent, out.reading = len(plan.chunks), 1
         return Send(peer, wire.encode(announce(reply, data.data)), hold=reply.id)
 
     def more(self, reply_id: int, session: str, connection: int, until: int, now: float) -> list[Send]:

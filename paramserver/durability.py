@@ -4,7 +4,8 @@ Laws
 * A checkpoint is one version: center, rule state, sessions and their last decided numbers, copied by one job in the
   order of work into a shadow that nothing else touches until it is written.
 * `durable` moves only when the shell says that everything is on disk.
-* Writing takes at most a twentieth of the time. A failure costs nothing but the attempt.
+* The initial weights are saved at once. After that writing takes at most a twentieth of the time, and a failure costs
+  nothing but the attempt.
 * A center that is not finite is never saved.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from common import LIBRARY
 from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
-from common.messages import Version
+from common.messages import NOWHERE, Version
 from paramserver.diversity import Averages
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
@@ -63,6 +64,14 @@ class Recovered:
     record: dict[str, Any] = field(repr=False)
 
 
+class _Mark(NamedTuple):
+    """Tells one state from another: what a rule decided, or who joined, is worth a checkpoint as an update is."""
+
+    version: Version
+    decisions: Any
+    sessions: tuple[str, ...]
+
+
 class Durability:
     """Checkpoints of one server; does nothing where it has no directory."""
 
@@ -73,6 +82,9 @@ class Durability:
         self._due: float | None = None
         self._failures = 0
         self._shadow: dict[str, F32] = {}
+        self._kept: _Mark | None = None
+        """What the last checkpoint that was written is of; None before there is one in this life."""
+        self._copying: _Mark | None = None
         self.saving = False
         """From the moment a checkpoint is due until it is written or has failed."""
 
@@ -85,16 +97,17 @@ class Durability:
     def needed(self) -> bool:
         """Whether there is anything that is not durable."""
         state = self._state
-        return bool(
-            state.settings.directory and state.initialised and not state.diverged and state.durable < state.version
-        )
+        if not state.settings.directory or not state.initialised or state.diverged:
+            return False
+        return state.durable < state.version if self._kept is None else self._kept != self._mark()
 
     def tick(self) -> None:
         """Save, if it is due."""
         if not self.needed or self.saving:
             return
-        if self._due is None:
-            self._due = self._state.now + self._state.settings.checkpoint_interval_s
+        if self._due is None:  # without the initial weights on disk, a crash would leave a server that knows nothing
+            wait_s = 0.0 if self._state.durable == NOWHERE else self._state.settings.checkpoint_interval_s
+            self._due = self._state.now + wait_s
         if self._state.now >= self._due:
             self.save()
 
@@ -112,6 +125,7 @@ class Durability:
                 self.saving = False
                 return None
             sources.update(self._arrays())
+            self._copying = self._mark()
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.shape == sources[name].shape}
             # pages of a fresh one come as the copy fills it, on the kernels' threads
             self._shadow = {
@@ -127,6 +141,7 @@ class Durability:
         """The shell has written a checkpoint."""
         self.saving = False
         self._failures = 0
+        self._kept = self._copying
         self._state.unsaved_since = None
         self._state.durable = version
         rest_s = max(self._state.settings.checkpoint_interval_s, seconds / SAVE_SHARE - seconds)
@@ -154,6 +169,11 @@ class Durability:
             if session.buffers is not None:
                 arrays[f"buffers.{session.token}"] = session.buffers.copy()
         self._out.add(Save(self._state.version, arrays, self._record()))
+
+    def _mark(self) -> _Mark:
+        """Of the state as it is now."""
+        state = self._state
+        return _Mark(state.version, state.hosted.shard.decisions, tuple(state.sessions))
 
     def _arrays(self) -> dict[str, F32]:
         """Every array of the state that is as long as the model, by its name in a checkpoint."""

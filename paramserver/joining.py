@@ -24,6 +24,7 @@ from paramserver.initial import InitialWeights
 from paramserver.order import WorkOrder
 from paramserver.room import Room
 from paramserver.session import Session
+from paramserver.sharing import Sharing
 from paramserver.state import Outbox, ServerState
 from paramserver.uplink import Uplink
 
@@ -45,10 +46,12 @@ class Joining:
         initial: InitialWeights,
         uplink: Uplink,
         downlink: Downlink,
+        sharing: Sharing,
     ) -> None:
         self._state = state
         self._out = out
         self._token = token
+        self._sharing = sharing
         self._initial = initial
         self._uplink = uplink
         self._downlink = downlink
@@ -102,6 +105,7 @@ class Joining:
             "confirm": state.rule.lost_reply == "resend",
             "buffers": s.buffers_policy(),
             "lease_s": s.lease_s,
+            "machine": state.machine,
             "window_chunks": s.window_chunks,
             "finished": bool(state.finished),
         }
@@ -175,6 +179,7 @@ class Joining:
             self._out.send(session.peer, Fault("", 0, str(Code.STALE), sentence, "Say Hello again.", 0))
         if not session.live and self._name_taken(session.worker):
             session.worker = self._free_name(session.worker)
+        self._sharing.stop(session)
         session.peer = peer
         session.connection = self._state.next_connection()
         session.ended = None

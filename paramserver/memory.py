@@ -1,6 +1,7 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
 center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
++ workers of this machine x (their updates, our replies) that lie in memory shared with them
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class MemoryPlan(NamedTuple):
     per_slot: int
     snapshots: int
     pool: int
+    shared: int
+    """Of each worker with which memory is shared: its own that is mapped, and that of its replies."""
     saved: bool
     """Whether there is a checkpoint shadow: a second copy of center, rule state and sessions."""
 
-    def total(self, sessions: int) -> int:
-        """Bytes with that many workers."""
+    def total(self, sessions: int, sharing: int = 0) -> int:
+        """Bytes with that many workers, of which so many share memory with the server."""
         state = self.center + self.rule_state + sessions * self.per_session
-        return state * (2 if self.saved else 1) + self.pool
+        return state * (2 if self.saved else 1) + self.pool + sharing * self.shared
 
     def sentence(self, sessions: int) -> str:
         """The sum in words, for `serve`."""
@@ -42,7 +45,7 @@ class MemoryPlan(NamedTuple):
         return (
             f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
             f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
-            f"{_mib(self.total(sessions))}."
+            f"{_mib(self.total(sessions))}; {_mib(self.shared)} more for each that shares memory."
         )
 
 
@@ -64,6 +67,7 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
         per_slot=up.bytes + down.bytes,
         snapshots=snapshots,
         pool=count * (up.bytes + down.bytes) + snapshots,
+        shared=up.bytes + down.bytes,
         saved=settings.directory is not None,
     )
 

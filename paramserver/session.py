@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from common.codecs.base import F32
+from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
 from paramserver.diversity import UNKNOWN, Load
@@ -63,14 +63,16 @@ class Transfer:
 
 @dataclass(slots=True)
 class Owed:
-    """A reply that may have to be sent again: its bytes stay in their slot until the worker goes on from it.
+    """A reply that may have to be sent again: its bytes stay where they are until the worker goes on from it.
 
     `readers`: announcements of it that the transport may still read; `give` frees the slot.
     """
 
-    slot: Slot
+    reply: U8
+    slot: Slot | None
+    """Where the reply lies; None: in memory shared on the connection that it was made for."""
     version: Version
-    give: Callable[[], None]
+    give: Callable[[Slot], None]
     readers: int = 0
     settled: bool = False
     replies: set[int] = field(default_factory=set)
@@ -87,8 +89,8 @@ class Owed:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self.settled and self.readers == 0:
-            self.give()
+        if self.settled and self.readers == 0 and self.slot is not None:
+            self.give(self.slot)
 
 
 @dataclass(slots=True)
@@ -105,6 +107,10 @@ class Pace:
             speed = steps / (now - self.since)
             self.steps_per_s = speed if self.steps_per_s == 0.0 else (self.steps_per_s + speed) / 2
         self.since = None
+
+
+REMEMBERED = ("updates", "rejected", "samples", "steps", "bytes_up", "bytes_down")
+"""Counters that a checkpoint keeps; what came after it is undone in them as it is in the center."""
 
 
 @dataclass(slots=True)
@@ -174,6 +180,8 @@ class Session:
     transfer: Transfer | None = None
     owed: Owed | None = None
     """The last reply, where the rule wants the very same bytes again if it is lost."""
+    memory: U8 | None = None
+    """Where this connection's replies to pushes lie, and its worker reads them; None: they are sent."""
     order: Order | None = None
     """The latest order, under a rule that schedules."""
     last_order: int = 0
@@ -271,9 +279,7 @@ class Session:
             "order": None if order is None else [order.upload, list(order.pull), order.until, order.sentence],
             "live": self.live,
             "anchored": self.anchored,
-            "updates": self.counters.updates,
-            "samples": self.counters.samples,
-            "steps": self.counters.steps,
+            **{name: getattr(self.counters, name) for name in REMEMBERED},
         }
 
     @classmethod
@@ -307,9 +313,8 @@ class Session:
             record["fragment"],
             None if record["source"] is None else (record["source"][0], record["source"][1]),
         )
-        session.counters.updates = record["updates"]
-        session.counters.samples = record["samples"]
-        session.counters.steps = record["steps"]
+        for name in REMEMBERED:
+            setattr(session.counters, name, record.get(name, 0))
         if record["order"] is not None:
             upload, pull, until, sentence = record["order"]
             session.order = Order(session.token, 0, 0, upload, tuple(pull), until, sentence)

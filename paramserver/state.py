@@ -45,6 +45,8 @@ class ServerState:
     rule: Rule
     config: Config
     budget: Budget
+    machine: str = ""
+    """The one it runs on, for workers that may share memory; "": with nobody."""
     now: float = 0.0
     """Monotonic seconds of the event that is being handled."""
     sessions: dict[str, Session] = field(default_factory=dict)
@@ -70,10 +72,10 @@ class ServerState:
     """Of the gradients, as the workers measured it."""
 
     @classmethod
-    def of(cls, settings: ServerSettings, epoch: int) -> ServerState:
+    def of(cls, settings: ServerSettings, epoch: int, machine: str) -> ServerState:
         """The state of a server that has just started."""
         budget = Budget(settings.budget_updates, settings.budget_samples, settings.budget_s)
-        return cls(settings, epoch, rules.load(settings.rule), settings.rule_config(), budget)
+        return cls(settings, epoch, rules.load(settings.rule), settings.rule_config(), budget, machine)
 
     @property
     def version(self) -> Version:

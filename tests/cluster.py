@@ -644,7 +644,14 @@ class Desk:
         elif welcome.init == "send":
             hand.initialise()
             hand.anchor()
+            self.forget_first_save()
         return hand
+
+    def forget_first_save(self) -> None:
+        """The initial weights are saved as soon as they are there; `saves` begins after that."""
+        if self.saves:
+            self.saved()
+            self.saves.clear()
 
     def _do(self, actions: list[Any]) -> None:
         self.core.validate()

@@ -41,12 +41,15 @@ from common.messages import (
     Offer,
     Optimizer,
     Order,
+    Place,
     Pull,
     Purpose,
     Push,
     Reply,
     Report,
     Scalars,
+    Share,
+    Shared,
     Version,
     Welcome,
 )
@@ -134,6 +137,20 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """The bytes of every push lie here, where the server can read them if it runs on this machine."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class CannotAttach:
+    """What the server offers cannot be mapped: share nothing from now on."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """Say Bye."""
 
@@ -146,6 +163,13 @@ class Leave:
 @dataclass(frozen=True, slots=True)
 class Redial:
     """Close the connection, dropping what is queued, and open a fresh one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The server reads this worker's memory; map what it offers, before any other message is taken."""
+
+    place: Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +297,8 @@ class WorkerCore:
         self._group = group
         self._plans: dict[tuple[str, int | None], Plan] = {}
         self._upload: Upload | None = None
+        self._place: Place | None = None
+        """Where the bytes of every push lie, to be offered on each connection; None: nowhere that can be shared."""
         self._spare: F32 | None = None
         """Memory for the next reply: fresh memory would cost more than filling it."""
         self._downloads: dict[int, Download] = {}
@@ -327,6 +353,13 @@ class WorkerCore:
                     self._want(purpose, source)
                 case Progress():
                     self._report(event)
+                case Staged(place):
+                    self._place = place
+                    if self.phase not in ("greeting", "leaving"):
+                        self._share()
+                case CannotAttach(sentence):
+                    self._place = None
+                    self._doubt(f"memory of the server cannot be shared: {sentence}")
                 case Leave(reason):
                     self._leave(reason)
                 case Tick():
@@ -371,6 +404,11 @@ class WorkerCore:
     @property
     def _beat_s(self) -> float:
         return min(self._lease_s / 6, 2.0)
+
+    @property
+    def _longest_payload(self) -> int:
+        """In shared memory a reply comes whole."""
+        return max(wire.PAYLOAD_BYTES, 8 * self._layout.elements if self._layout else 0)
 
     def plan(self, codec: str, fragment: int | None = None) -> Plan:
         """The plan of this model, or of one of its fragments, in a codec."""
@@ -447,6 +485,8 @@ class WorkerCore:
             self._adopt_session(welcome, known_before)
             if not known_before:
                 self._deliver(Joined(welcome))
+            if self._place is not None:
+                self._share()
         if self._away_told:
             self._away_told = False
             self._deliver(Back())
@@ -500,6 +540,12 @@ class WorkerCore:
         self._say_report()
         if self._upload is not None and self.membership.anchored:
             self._start_upload(self._upload)
+
+    def _share(self) -> None:
+        """Offer the memory of all pushes to a server that could run on this machine."""
+        m = self.membership
+        if self._place is not None and cast(Welcome, m.welcome).settings["machine"]:
+            self._send(Share(m.token, m.connection, self._place))
 
     # Going up
 
@@ -652,8 +698,12 @@ class WorkerCore:
             values = zeros(plan.elements, np.float32)
         download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
-        if len(plan.chunks) == 1:
-            self._take(download, 0, payload)
+        if len(payload) == plan.bytes:
+            for index, chunk in enumerate(plan.chunks):
+                self._decode(download, index, memoryview(payload)[chunk.offset : chunk.offset + chunk.size])
+            self._arrived(download)
+        elif len(plan.chunks) == 1:
+            raise WireError(f"A reply of {plan.bytes} bytes came with {len(payload)}.")
         else:
             self._open(download)
 
@@ -667,19 +717,24 @@ class WorkerCore:
             self._send(More(m.token, m.connection, download.reply.id, download.until))
 
     def _take(self, download: Download, index: int, payload: Buffer) -> None:
+        self._decode(download, index, payload)
+        if download.complete:
+            self._arrived(download)
+        else:
+            self._open(download)
+
+    def _decode(self, download: Download, index: int, payload: Buffer) -> None:
+        """One chunk into its place, checked."""
         plan = download.plan
         if index >= len(plan.chunks) or len(payload) != plan.chunks[index].size:
             raise WireError(f"Chunk {index} of a reply does not fit.")
         chunk = plan.chunks[index]
         plan.open(chunk, np.frombuffer(payload, np.uint8), download.values)
         download.received[index] = 1
-        if download.complete:
-            del self._downloads[download.reply.id]
-            self._complete(download)
-        else:
-            self._open(download)
 
-    def _complete(self, download: Download) -> None:
+    def _arrived(self, download: Download) -> None:
+        """All of it is here."""
+        del self._downloads[download.reply.id]
         m, version = self.membership, download.reply.version
         m.known = max(m.known, version)
         if download.purpose == "push":
@@ -707,7 +762,7 @@ class WorkerCore:
 
     def _received(self, frames: Sequence[Buffer]) -> None:
         try:
-            message = wire.decode(frames)
+            message = wire.decode(frames, payload_bytes=self._longest_payload)
             self._last_heard = self._now
             self._dispatch(message)
         except (WireError, CodecError) as error:
@@ -744,6 +799,10 @@ class WorkerCore:
                 self._receive(message.reply, message.purpose, 0, message.payload, source=message.source)
             case Order():
                 self._ordered(message)
+            case Shared(place=Place() as place):
+                self._out.append(Attach(place))
+            case Shared():
+                self._say("info", f"No memory is shared with the server: {message.sentence}")
             case Chunk():
                 if download := self._downloads.get(message.transfer):
                     self._take(download, message.index, message.payload)

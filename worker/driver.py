@@ -25,14 +25,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from common import transports
+import numpy as np
+
+from common import shared, transports
+from common.buffers import zeros
 from common.chunks import Plan
 from common.codecs.base import F32, U8
-from common.errors import CodecError, ParamserverError
-from common.messages import Scalars, Version
+from common.errors import CodecError, ParamserverError, StateError
+from common.messages import Place, Scalars, Version
 from common.node import Received, Say, Send, Tick
+from common.shared import Memory
 from common.transports import ZeroMQEndpoint
-from worker.core import Deliver, Dialled, Encoded, LinkLost, PushWanted, Redial, Withdrawn, WorkerCore
+from common.transports.base import SERVER
+from worker.core import (
+    Attach,
+    CannotAttach,
+    Deliver,
+    Dialled,
+    Encoded,
+    LinkLost,
+    PushWanted,
+    Redial,
+    Staged,
+    Withdrawn,
+    WorkerCore,
+)
 
 BATCH_MESSAGES = 64
 ENCODE_CHUNKS = 4
@@ -54,6 +71,10 @@ class Carrier(ABC):
     @abstractmethod
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
+
+    def staging(self, size: int, machine: str) -> U8:
+        """(size,) where the bytes of every push shall lie, all zero. machine: the server's, as it said (Welcome)."""
+        return zeros(size, np.uint8)
 
     @abstractmethod
     def close(self, timeout_s: float) -> None:
@@ -116,8 +137,24 @@ class Driver(Carrier):
         self._error: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()
+        self._memory: Memory | None = None
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
+
+    def staging(self, size: int, machine: str) -> U8:
+        """Shared with the server where that runs on this machine."""
+        if machine != shared.MACHINE or not machine:
+            return super().staging(size, machine)
+        try:
+            memory = Memory.make(size)
+        except StateError as error:
+            log.warning("updates are sent in messages: %s", error)
+            return super().staging(size, machine)
+        self._memory, earlier = memory, self._memory
+        if earlier is not None:
+            earlier.withdraw()
+        self.post(Staged(memory.place))
+        return memory.data
 
     def post(self, event: Any) -> None:
         """Hand an event to the core, soon; to one that has ended, nothing."""
@@ -154,6 +191,8 @@ class Driver(Carrier):
             with self._wake_lock:  # a descriptor's number is soon somebody else's
                 os.close(self._wake)
                 self._wake = -1
+            if self._memory is not None:
+                self._memory.withdraw()
 
     def _turn(self) -> None:
         deadline = self._core.deadline()
@@ -182,9 +221,19 @@ class Driver(Carrier):
                     self._endpoint.close()
                     self._endpoint = self._dial(self._address)
                     self._do(self._core.handle(Dialled(), time.monotonic()))
+                case Attach(place):
+                    self._attach(place)
                 case Deliver(news):
                     with self._arrived:
                         self._news.append(news)
                         self._arrived.notify_all()
                 case Say(level, sentence):
                     log.log(logging.getLevelNamesMapping()[level.upper()], sentence)
+
+    def _attach(self, place: Place) -> None:
+        try:
+            theirs = shared.attach(place, expect=place.bytes)
+        except shared.CannotAttach as error:
+            self._do(self._core.handle(CannotAttach(str(error)), time.monotonic()))
+        else:
+            self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))

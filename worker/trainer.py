@@ -431,7 +431,7 @@ class Session:
         cuts = [(part, fragments) for part in range(fragments)]
         self._ups: list[Plan] = [plan(self._layout, str(settings["codec"]), *cut) for cut in cuts]
         self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
-        self._update: U8 = zeros(max(up.bytes for up in self._ups), np.uint8)
+        self._update: U8 = self._driver.staging(max(up.bytes for up in self._ups), str(settings["machine"]))
         in_place = self._ups[0].in_place(self._update) if fragments == 1 else None
         self._delta = self._scratch if in_place is None else in_place
         self._sent = zeros(self._layout.elements if self._rule.track is not None else 0, np.float32)

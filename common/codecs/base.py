@@ -69,6 +69,8 @@ class Codec(NamedTuple):
     """x: (n,) -> (n,) largest |decode(encode(x)) - x| allowed per element; the contract suite holds the codec to it."""
     view: Callable[[U8], F32] | None = None
     """data -> (n,) its values where they lie; None where decoding has to compute."""
+    seamless: bool = False
+    """Whether two blocks side by side are encoded as the one longer block that they make; blocks may then be longer."""
     open: Callable[[U8, F32], None] | None = None
     """`check` and `decode` in one pass over memory: (data, x), raises CodecError; None where one pass saves nothing."""
 

@@ -84,4 +84,5 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=error_bound,
+    seamless=True,
 )

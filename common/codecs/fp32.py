@@ -45,6 +45,7 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=np.zeros_like,
+    seamless=True,
     view=lambda data: data.view(np.float32),
     open=open_,
 )

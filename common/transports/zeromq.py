@@ -7,6 +7,11 @@ Laws
 * LINGER 0: what was queued for a connection dies with it. A DEALER that survived would hand the tail of an old
   transfer to a new server, so a worker that has doubts closes it and dials again.
 * ZeroMQ's heartbeats only reap dead TCP connections; leases are the cores' business.
+* Once memory is shared with a peer, a payload that lies in it is not sent: a pointer takes its place, which no payload
+  is taken for, since it bears the memory's random mark. Whoever sends one sees to it that what it points at stays until
+  the peer is done, for nothing tells when.
+
+    frames    header | payload          or, of a payload in shared memory:     header | pointer: mark, offset, length
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ import math
 import os
 import re
 import socket as sockets
+import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
+from common.codecs.base import U8
 from common.errors import NetworkError
 from common.messages import Buffer
+from common.shared import MARK_BYTES, Memory
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 128 * 1024
@@ -39,6 +47,9 @@ LET_GO_S = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
+POINT_BYTES = 16 * 1024
+"""Shorter payloads are sent, though they lie in shared memory: it costs no more."""
+_POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
 _ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
@@ -51,6 +62,10 @@ class ZeroMQEndpoint:
         self._routes = socket.type == zmq.ROUTER
         self._trackers: dict[int, list[zmq.MessageTracker]] = {}
         self._released: list[int] = []
+        self._mine: dict[bytes, Memory] = {}
+        """By peer, the memory that it reads."""
+        self._theirs: dict[bytes, tuple[bytes, memoryview]] = {}
+        """By peer, the memory that it writes, and its mark."""
         self._monitor: zmq.Socket[bytes] | None = None
         if not self._routes:
             self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -62,29 +77,60 @@ class ZeroMQEndpoint:
     def fileno(self) -> int:
         return int(self._socket.getsockopt(zmq.FD))
 
+    def share(self, peer: bytes, mine: Memory | None, theirs: tuple[bytes, U8] | None) -> None:
+        """From now on `peer` reads payloads that lie in `mine` there, and this side its own in `theirs`: (mark, bytes).
+
+        None: as before.
+        """
+        if mine is not None:
+            self._mine[peer] = mine
+        if theirs is not None:
+            self._theirs[peer] = theirs[0], theirs[1].data
+
+    def unshare(self, peer: bytes) -> None:
+        """Payloads to and from `peer` travel in messages again."""
+        self._mine.pop(peer, None)
+        self._theirs.pop(peer, None)
+
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
         payload = frames[1] if len(frames) > 1 else b""
-        by_reference = len(payload) > COPY_BYTES
+        pointer = self._pointer(peer, payload)
+        if not pointer and len(payload) > PAYLOAD_BYTES:
+            return "the memory that it lies in is no longer shared"
         try:
             if self._routes:
                 self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
-            if not payload:
-                self._socket.send(frames[0], zmq.NOBLOCK)
-            else:
-                self._socket.send(frames[0], zmq.SNDMORE | zmq.NOBLOCK)
-                tracker = self._socket.send(payload, zmq.NOBLOCK, copy=not by_reference, track=by_reference)
-                if hold and tracker is not None:
-                    self._trackers.setdefault(hold, []).append(tracker)
-                    return ""
+            read_later = self._send(frames[0], payload, pointer)
         except zmq.Again:
             return "the peer does not read"
         except zmq.ZMQError as error:
             if error.errno == errno.EHOSTUNREACH:
                 return "the peer is gone"
             raise
-        if hold:
+        if hold and read_later is not None:
+            self._trackers.setdefault(hold, []).append(read_later)
+        elif hold:
             self._released.append(hold)
         return ""
+
+    def _send(self, header: Buffer, payload: Buffer, pointer: bytes) -> zmq.MessageTracker | None:
+        """One message after its peer; what tells when the payload was read, where it was not copied."""
+        if not payload:
+            self._socket.send(header, zmq.NOBLOCK)
+            return None
+        self._socket.send(header, zmq.SNDMORE | zmq.NOBLOCK)
+        if pointer:
+            self._socket.send(pointer, zmq.NOBLOCK)
+            return None
+        by_reference = len(payload) > COPY_BYTES
+        return self._socket.send(payload, zmq.NOBLOCK, copy=not by_reference, track=by_reference)
+
+    def _pointer(self, peer: bytes, payload: Buffer) -> bytes:
+        """Where in shared memory the payload lies; empty where it is to be sent."""
+        memory = self._mine.get(peer)
+        if memory is None or len(payload) <= POINT_BYTES or (at := memory.holds(payload)) is None:
+            return b""
+        return _POINTER.pack(bytes.fromhex(memory.place.mark), at, len(payload))
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         try:
@@ -92,7 +138,21 @@ class ZeroMQEndpoint:
         except zmq.Again:
             return None
         buffers: list[Buffer] = [frame.buffer for frame in frames]
-        return (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
+        peer, buffers = (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
+        if len(buffers) == 2 and len(buffers[1]) == _POINTER.size and peer in self._theirs:
+            buffers[1] = self._pointed_at(peer, buffers[1])
+        return peer, buffers
+
+    def _pointed_at(self, peer: bytes, payload: Buffer) -> Buffer:
+        """What lies in a peer's memory, where the payload points at it; nothing where there is no such place, which the
+        core then refuses."""
+        shared, memory = self._theirs[peer]
+        mark, at, size = _POINTER.unpack(payload)
+        if mark != shared:
+            return payload
+        if size > len(memory) or at > len(memory) - size:
+            return b""
+        return memory[at : at + size]
 
     def released(self) -> list[int]:
         done, self._released = self._released, []

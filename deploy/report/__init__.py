@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.errors import StateError
 from deploy.report import figures, log, page
 
 
@@ -26,6 +28,7 @@ def write(directory: Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
     """Write `report.json` and `report.html` into `directory`, each whole or not at all; returns their paths.
 
     Reads the run log that lies there. `summary` is what is known of the run beside it, JSON-like values by name.
+    Raises StateError where the disk does not take them.
     """
     report = figures.figures(summary, log.read(directory, log.finite(summary.get("started"))))
     texts = {"report.json": json.dumps(report, indent=1, allow_nan=False) + "\n", "report.html": page.page(report)}
@@ -34,6 +37,12 @@ def write(directory: Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
         try:
             temporary.write_text(text, encoding="utf-8", errors="replace")
             temporary.replace(directory / name)
+        except OSError as error:
+            raise StateError(
+                f"The report cannot be written: {directory / name}: {error.strerror or error}.",
+                fix="The run itself is not harmed: checkpoints and run log are as they were. Make room.",
+            ) from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     return directory / "report.json", directory / "report.html"

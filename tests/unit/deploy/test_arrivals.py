@@ -250,7 +250,7 @@ def test_a_corrupt_log_is_told_with_its_place(copied: Path) -> None:
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logs of several lives, each of which goes on from a checkpoint of one before."""
     directory = tmp_path_factory.mktemp("crashed")
-    recorded(directory, faults=CRASHES, settings={"rule": "gem"}, updates=50)
+    recorded(directory, faults=CRASHES, settings={"rule": "gem"}, updates=100)
     assert len(list(directory.iterdir())) == 3
     return directory
 

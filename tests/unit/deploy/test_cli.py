@@ -192,6 +192,35 @@ def test_each_error_becomes_a_sentence_and_the_exit_code_of_its_owner(
     assert ("  fix: Mend it." in found.stderr) == bool(made(kind).fix)
 
 
+def test_a_simulation_refuses_to_record_arrivals() -> None:
+    done = run("simulate", PARAMSERVER_ARRIVALS="true")
+    assert done.exit_code == 2
+    assert "PARAMSERVER_ARRIVALS" in done.stderr
+
+
+def test_an_empty_directory_is_refused() -> None:
+    done = run("simulate", "--directory", "")
+    assert done.exit_code == 2
+    assert "directory is empty" in done.stderr
+
+
+def test_runs_that_start_in_the_same_second_have_directories_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load(ServerSettings, file=None, environ={}, flags={"rule": "downpour"})
+    made = [plan.make(loaded, task="digits", workers=1, solo=False).directory for _ in range(3)]
+    assert len(set(made)) == 3
+    assert all(directory.is_dir() for directory in made)
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(errors.StateError, match="No directory can be made"):
+        plan.make(config.load(ServerSettings, file=None, environ={}, flags={}), task="digits", workers=1, solo=False)
+
+
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import StateError
 from deploy.report import write
 from deploy.report.charts import _axis
 from deploy.report.figures import figures
@@ -679,6 +680,6 @@ def test_each_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StateError, match=r"report\.json: disk full"):
         write(tmp_path, {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

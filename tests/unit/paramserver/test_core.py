@@ -984,22 +984,21 @@ def test_stop_with_nothing_to_do_exits_at_once() -> None:
 def test_stop_during_a_save_that_fails_still_applies_what_is_committed() -> None:
     desk = Desk(**SAVING)
     hand = desk.join()
+    hand.push(1)
     desk.wait(11.0)
     [_] = desk.saves
     desk.by_itself = False
-    hand.push(1)
+    hand.push(2)
     desk.event(Stop("test"))
     desk.event(SaveFailed("The disk is full."))
     assert not desk.exited
     desk.finish()
-    assert desk.core.version == (1, 1)
+    assert desk.core.version == (1, 2)
 
 
 def test_failed_save_keeps_training_and_durable_where_they_are() -> None:
     desk = Desk(max_unsaved_age_s=100, lease_s=1000, **SAVING)
     hand = desk.join()
-    desk.wait(11.0)
-    desk.saved()
     durable = desk.core.state.durable
     assert hand.push(1).durable == durable == (1, 0)
     for number in range(2, 6):
@@ -1014,6 +1013,48 @@ def test_failed_save_keeps_training_and_durable_where_they_are() -> None:
     desk.saved()
     assert hand.push(6).outcome == "applied"
     assert desk.core.state.durable > durable
+
+
+def test_initial_weights_are_saved_at_once_so_that_a_crash_leaves_a_server_that_knows_its_workers() -> None:
+    desk = Desk(**SAVING)
+    hand = Hand(desk, "a")
+    hand.hello()
+    hand.initialise(5.0)
+    [save] = desk.saves
+    recovered = desk.saved()
+    assert save.version == desk.core.state.durable == (1, 0)
+    hand.anchor()
+    life = Desk(epoch=2, recovered=recovered, **SAVING)
+    again = hand.resume(0, 0, life)
+    assert again.welcome.init == "have"
+    assert again.welcome.resumed == "record"
+    assert center(life) == {5.0}
+
+
+def test_who_joined_and_what_a_rule_decided_is_saved_though_the_center_stands_still() -> None:
+    desk = Desk(lease_s=1000, **SAVING)
+    desk.join("a")
+    desk.wait(11.0)
+    assert not desk.saves, "nothing is new"
+    young = desk.join("young")
+    desk.wait(11.0)
+    [save] = desk.saves
+    assert save.version == (1, 0)
+    assert young.session in {record["token"] for record in save.record["sessions"]}
+
+
+def test_counts_of_a_worker_survive_a_crash() -> None:
+    desk = Desk(lease_s=1000, **SAVING)
+    hand = desk.join("a")
+    hand.push(1)
+    assert hand.push(2, float("nan")).outcome == "rejected"
+    desk.wait(11.0)
+    life = Desk(epoch=2, recovered=desk.saved(), **SAVING)
+    before, after = (core.core.sessions[hand.session].counters for core in (desk, life))
+    names = ("updates", "rejected", "samples", "steps", "bytes_up", "bytes_down")
+    assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
+    assert after.rejected == 1
+    assert after.bytes_down > 0
 
 
 def test_nothing_is_saved_where_there_is_no_directory() -> None:
@@ -1088,7 +1129,7 @@ def test_repeat_of_an_update_that_survived_the_crash_is_not_applied_again() -> N
 
 def test_worker_that_joined_after_the_checkpoint_learns_that_its_updates_are_lost() -> None:
     desk = Desk(lease_s=1000, **SAVING)
-    desk.join("a")
+    desk.join("a").push(1)
     desk.wait(11.0)
     recovered = desk.saved()
     young = desk.join("young")
