@@ -55,6 +55,8 @@ CROWD_PROCESSES = 4
 WARMUP = 1
 LOAD_WORKERS, LOAD_PROCESSES, LOAD_SHARE = 32, 4, 0.5
 PULL_PERIOD_S = 0.5
+ROOM = 0.7
+"""Of the free memory."""
 
 Workers = Annotated[list[int], typer.Option("--workers", min=1, help="Workers, a process each; repeat for more.")]
 Parameters = Annotated[int, typer.Option("--parameters", min=1, help="Of the small model.")]
@@ -140,6 +142,10 @@ def run(
     for way in ways if load_mb else ():
         names = [f"{kind} pull, paramserver {way.name} {CODEC}" for kind in ("idle", "loaded")]
         if not only or any(part in name for part in only for name in names):
+            needed, room = load_bytes(way, load_mb * MB), ROOM * harness.free_bytes()
+            if needed > room:
+                say(f"{', '.join(names)} are left out: they want {needed / 1e9:.0f} GB.")
+                continue
             say(f"Measuring {', '.join(names)}.")
             done, rows = load(way, names, load_mb * MB // 4, pulls, window_s)
             results += done
@@ -199,11 +205,11 @@ def _paramserver(
     with players.served(way, {"max_sessions": count + 1}) as server, children(made) as workers:
 
         def first() -> None:
-            address = server.hear(harness.START_LIMIT_S)
+            address = server.ready()
             for worker in workers:
                 worker.tell(address)
 
-        yield _crowd(seen, window_s, workers, (server,), first)
+        yield server.checked(_crowd(seen, window_s, workers, (server.process,), first))
 
 
 # Peers
@@ -287,6 +293,11 @@ def _crowd(
 # A pull beside many pushers
 
 
+def load_bytes(way: Way, size: int) -> int:
+    """Memory of it all, about: replies, updates (in shared memory each has its own, and the server its replies)."""
+    return size * (LOAD_WORKERS * (3 if way.shared_memory else 1) + 2 * LOAD_PROCESSES + 8)
+
+
 def load(way: Way, names: Sequence[str], elements: int, pulls: int, window_s: float) -> tuple[list[Result], list[Row]]:
     """Pulls while nobody pushes, while 32 push at half of what they can, and while nobody pushes again."""
     seen = Seen()
@@ -299,7 +310,7 @@ def load(way: Way, names: Sequence[str], elements: int, pulls: int, window_s: fl
         children(made) as pushers,
         child("puller", _pull_now_and_then, way, elements) as puller,
     ):
-        address = server.hear(harness.START_LIMIT_S)
+        address = server.ready()
         for one in (*pushers, puller):
             one.tell(address)
             one.hear(harness.START_LIMIT_S)

@@ -248,8 +248,8 @@ def _trained(
         return
     pool_mib = max(players.pool_mib(sum(p.numel() for p in model.parameters()), 2), 64)
     with players.served(way, {**(settings or {}), "pool_mib": pool_mib}) as server:
-        address = server.hear(harness.START_LIMIT_S)
-        with join(address, model, optimizer, name="trainer", **players.options(join, way)) as session:
+        address = server.ready()
+        with join(address, model, optimizer, name="trainer") as session:
 
             def verify() -> None:
                 _require(session.flush(), "The last push")
@@ -257,7 +257,7 @@ def _trained(
                 pairs = zip(center.parameters(), model.parameters(), strict=True)
                 _require(all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs), "The center")
 
-            yield _timed(device, lambda: train(session), verify)
+            yield server.checked(_timed(device, lambda: train(session), verify))
 
 
 BENCHMARK = Benchmark("gpu", "on a CUDA device: what do encoding, copies and exchanges cost a training?", run)

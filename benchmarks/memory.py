@@ -32,7 +32,6 @@ from rich.console import Console
 from benchmarks import exchanges, harness, players, roundtrip
 from benchmarks.harness import Benchmark, BenchmarkError, Case, Child, Competitor, Result, Row, child, children
 from benchmarks.players import MB, START, STEP, Way
-from common.query import status
 
 PARTS = ("stated", "sizes", "idle")
 CODEC = "fp32"
@@ -182,18 +181,18 @@ def _soak(way: Way, hosting: Hosting, elements: int, soak_s: float) -> tuple[Soa
             settings |= CHECKPOINT | {"directory": f"{folder}/run"}
         server = stack.enter_context(players.served(way, settings))
         workers = stack.enter_context(children(made))
-        address = server.hear(harness.START_LIMIT_S)
-        soak = Soak(before=resident_bytes(server.pid), stated=0)
+        address, pid = server.ready(), server.process.pid
+        soak = Soak(before=resident_bytes(pid), stated=0)
         for worker in workers:
             worker.tell(address)
         for worker in workers:
             worker.hear(harness.START_LIMIT_S)
-        soak.stated = int(status(address, timeout_s=harness.ROUND_LIMIT_S)["memory_bytes"])
+        soak.stated = int(server.status()["memory_bytes"])
         for worker in workers:
             worker.tell(f"window {soak_s}")
         end = time.monotonic() + soak_s
         while time.monotonic() < end:
-            soak.samples.append(resident_bytes(server.pid))
+            soak.samples.append(resident_bytes(pid))
             time.sleep(SAMPLE_S)
         taken = [one for worker in workers for one in worker.hear(soak_s + harness.ROUND_LIMIT_S)]
         if hosting.rule == players.RULE:
@@ -281,26 +280,26 @@ def _beside(way: Way, count: int, window_s: float, seen: Idling) -> Iterator[Com
         workers: list[Child] = [active, *idle]
 
         def ready() -> None:
-            address = server.hear(harness.START_LIMIT_S)
+            address = server.ready()
             for worker in workers:
                 worker.tell(address)
             for worker in workers:
                 worker.hear(harness.START_LIMIT_S)
 
         def one_round() -> float:
-            used = cpu_s(server.pid)
+            used = cpu_s(server.process.pid)
             taken: list[float] = active.ask(f"window {window_s}", window_s + harness.ROUND_LIMIT_S)[0]
-            seen.rounds.append((cpu_s(server.pid) - used) / len(taken))
+            seen.rounds.append((cpu_s(server.process.pid) - used) / len(taken))
             seen.pushes += len(taken)
             return sum(taken) / len(taken)
 
         def verify() -> None:
-            used = cpu_s(server.pid)
+            used = cpu_s(server.process.pid)
             time.sleep(window_s)
-            seen.resting = (cpu_s(server.pid) - used) / window_s
+            seen.resting = (cpu_s(server.process.pid) - used) / window_s
             active.ask(f"verify {START + STEP * (seen.pushes + 1)}", harness.ROUND_LIMIT_S)
 
-        yield Competitor(ready, one_round, verify, (server, *workers))
+        yield server.checked(Competitor(ready, one_round, verify, (server.process, *workers)))
 
 
 def _unopened() -> Any:

@@ -128,12 +128,12 @@ def _plain(training: Training, seen: Seen) -> Iterator[Competitor]:
 
 @contextmanager
 def _with_sdk(way: Way, settings: Mapping[str, Any], training: Training, seen: Seen) -> Iterator[Competitor]:
-    with players.served(way, settings) as server, child("trainer", _train, way, training) as trainer:
+    with players.served(way, settings) as server, child("trainer", _train, training) as trainer:
 
         def first() -> None:
-            trainer.tell(server.hear(harness.START_LIMIT_S))
+            trainer.tell(server.ready())
 
-        yield _competitor(trainer, seen, training, (server, trainer), first)
+        yield server.checked(_competitor(trainer, seen, training, (server.process, trainer), first))
 
 
 def _competitor(
@@ -198,12 +198,12 @@ def _train_alone(link: Link, training: Training) -> None:
         _check_loss(loop)
 
 
-def _train(link: Link, way: Way, training: Training) -> None:
+def _train(link: Link, training: Training) -> None:
     address = next(link.requests(), None)
     if address is None:  # the benchmark is gone before it began
         return
     loop = Loop(training)
-    with join(address, loop.model, loop.optimizer, name="trainer", **players.options(join, way)) as session:
+    with join(address, loop.model, loop.optimizer, name="trainer") as session:
 
         def step(loss: torch.Tensor) -> None:
             session.step(loss, training.batch)

@@ -15,7 +15,6 @@ Laws
 
 from __future__ import annotations
 
-import inspect
 import os
 import secrets
 import sys
@@ -26,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,13 +36,15 @@ import torch
 from torch.distributed import rpc
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkError, Child, Link, child
-from common import LIBRARY
+from benchmarks.harness import BenchmarkError, Child, Competitor, Link, child
+from common import LIBRARY, shared
 from common.buffers import zeros
-from common.codecs.base import F32
+from common.chunks import Plan
+from common.codecs.base import F32, U8
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import Optimizer, Scalars
+from common.query import status
 from paramserver.daemon import Daemon
 from paramserver.snapshots import BUFFERS
 from worker.core import (
@@ -50,6 +52,7 @@ from worker.core import (
     Failed,
     Fetched,
     InitialWeights,
+    Joined,
     Leave,
     NeedWeights,
     PullWanted,
@@ -72,7 +75,7 @@ RPC, RAY = "torch.distributed.rpc", "Ray actor"
 
 
 class Way(NamedTuple):
-    """How a worker reaches its server: kind of the address, and whether it may use shared memory there."""
+    """How a worker reaches its server: kind of the address, and whether tensors take the way through shared memory."""
 
     name: str
     kind: str
@@ -80,27 +83,16 @@ class Way(NamedTuple):
 
 
 WAYS = {way.name: way for way in (Way("shm", "ipc", True), Way("ipc", "ipc", False), Way("tcp", "tcp", False))}
-SHARED_MEMORY = "shared_memory"
-NO_SHARED_MEMORY = "shm is left out: this version of the library has no shared memory."
-
-
-def takes_shared_memory(function: Callable[..., Any]) -> bool:
-    """Whether this version of the library can be told about it there."""
-    return SHARED_MEMORY in inspect.signature(function).parameters
+NO_SHARED_MEMORY = "shm is left out: no memory can be shared on this system."
 
 
 def has_shared_memory() -> bool:
-    """Whether this version of the library has any."""
-    return takes_shared_memory(Driver) or takes_shared_memory(WorkerCore)
-
-
-def options(function: Callable[..., Any], way: Way) -> dict[str, Any]:
-    """What to tell `function`, one of the library's that opens a session, about this way."""
-    return {SHARED_MEMORY: way.shared_memory} if takes_shared_memory(function) else {}
+    """Whether there is any on this system."""
+    return bool(shared.MACHINE)
 
 
 def ways(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Way]:
-    """Those that this version has, or of these names; says which one it has not."""
+    """Those that there are, or of these names; says which one there is not."""
     found = [way for way in WAYS.values() if not only or way.name in only]
     if any(way.shared_memory for way in found) and not has_shared_memory():
         say(NO_SHARED_MEMORY)
@@ -116,14 +108,44 @@ def bind(way: Way, folder: str) -> str:
 # Our server
 
 
+@dataclass
+class Served:
+    """A server in a process of its own."""
+
+    process: Child
+    way: Way
+    address: str = ""
+
+    def ready(self) -> str:
+        """Its address, as soon as it listens."""
+        self.address = str(self.process.hear(harness.START_LIMIT_S))
+        return self.address
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return status(self.address, timeout_s=harness.ROUND_LIMIT_S)
+
+    def checked(self, competitor: Competitor) -> Competitor:
+        """The same; its verify also raises where tensors of any worker went another way."""
+
+        def verify() -> None:
+            competitor.verify()
+            workers = self.status()["workers"]
+            if wrong := [one["name"] for one in workers if one["shares_memory"] != self.way.shared_memory]:
+                raise BenchmarkError(f"What {', '.join(wrong)} sent did not go by {self.way.name}.")
+
+        return competitor._replace(verify=verify)
+
+
 @contextmanager
-def served(way: Way, settings: Mapping[str, Any]) -> Iterator[Child]:
-    """A server in a process of its own; it answers with its address."""
+def served(way: Way, settings: Mapping[str, Any]) -> Iterator[Served]:
+    """A server with these settings."""
+    chosen = {"shared_memory": way.shared_memory} | dict(settings)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
-        child(f"paramserver {way.name} server", serve, bind(way, folder), dict(settings)) as server,
+        child(f"paramserver {way.name} server", serve, bind(way, folder), chosen) as server,
     ):
-        yield server
+        yield Served(server, way)
 
 
 def serve(link: Link, address: str, settings: dict[str, Any]) -> None:
@@ -140,7 +162,7 @@ def serve(link: Link, address: str, settings: dict[str, Any]) -> None:
 
 def pool_mib(elements: int, exchanges: int = 1, codec: str = LOSSLESS, reply_codec: str = LOSSLESS) -> int:
     """The smallest `pool_mib` that holds so many exchanges of a model at once."""
-    core = _core("pool", elements, Way("none", "", False))
+    core = _core("pool", elements)
     up, down = core.plan(codec).bytes, core.plan(reply_codec).bytes
     return -(-(BUFFERS * down + exchanges * (up + down)) // 2**20)
 
@@ -149,19 +171,23 @@ def pool_mib(elements: int, exchanges: int = 1, codec: str = LOSSLESS, reply_cod
 
 
 class Payload(NamedTuple):
-    """What is pushed, again and again. delta: (elements,); data: its encoding. Sessions of one process may share it."""
+    """What is pushed, again and again. delta: (elements,); data: its encoding, which sessions of one process may share
+    where it is sent in messages."""
 
     delta: F32
-    data: Any
+    data: U8
     codec: str
 
 
 def payload(elements: int, codec: str = LOSSLESS) -> Payload:
     """An update of STEP everywhere."""
-    plan = _core("payload", elements, Way("none", "", False)).plan(codec)
-    data = zeros(plan.bytes, np.uint8)
+    plan = _core("payload", elements).plan(codec)
+    return _filled(plan, zeros(plan.bytes, np.uint8), codec)
+
+
+def _filled(plan: Plan, data: U8, codec: str) -> Payload:
     in_place = plan.in_place(data)
-    delta = zeros(elements, np.float32) if in_place is None else in_place
+    delta = zeros(plan.elements, np.float32) if in_place is None else in_place
     delta.fill(STEP)
     return Payload(delta, data, codec)
 
@@ -172,12 +198,15 @@ class Client:
     def __init__(self, address: str, way: Way, of: Payload, name: str = "benchmark") -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         elements = of.delta.size
-        core = _core(name, elements, way)
+        core = _core(name, elements)
         self._payload, self._plan = of, core.plan(of.codec)
         self._scalars = Scalars(loss=1.0, samples=1, steps=1, lr=0.1)
         self.reply: F32 = zeros(elements, np.float32)
         """(elements,) the center as last received."""
-        self._driver = Driver(core, address, **options(Driver, way))
+        self._driver = Driver(core, address)
+        if way.shared_memory:
+            machine = str(self._await(Joined).welcome.settings["machine"])
+            self._payload = _filled(self._plan, self._driver.staging(self._plan.bytes, machine), of.codec)
         while not isinstance(first := self._await(NeedWeights, Fetched), Fetched):
             exact = core.plan(LOSSLESS)
             weights = zeros(exact.bytes, np.uint8)
@@ -259,14 +288,13 @@ def answer(link: Link, windows: Callable[[float], list[list[float]]], verify: Ca
             link.answer(windows(float(figure)))
 
 
-def _core(name: str, elements: int, way: Way) -> WorkerCore:
+def _core(name: str, elements: int) -> WorkerCore:
     return WorkerCore(
         name=name,
         instance=secrets.token_hex(8),
         library=LIBRARY,
         layout=Layout((Tensor("weight", (1, elements), "float32", "parameter"),)),
         optimizer=Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
-        **options(WorkerCore, way),
     )
 
 

@@ -127,7 +127,7 @@ def _paramserver(way: Way, codec: str, elements: int, times: int) -> Iterator[Co
         players.served(way, settings) as server,
         child(f"paramserver {way.name} worker", _work, way, codec, elements, times) as worker,
     ):
-        yield competitor(worker, server, first=lambda: worker.tell(server.hear(harness.START_LIMIT_S)))
+        yield server.checked(competitor(worker, server.process, first=lambda: worker.tell(server.ready())))
 
 
 def _work(link: Link, way: Way, codec: str, elements: int, times: int) -> None:

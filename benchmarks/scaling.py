@@ -153,6 +153,7 @@ class Cohort:
     workers: Sequence[Child]
     others: Sequence[Child]
     first: Callable[[], None]
+    checked: Callable[[Competitor], Competitor]
     bound: bool
     ready: bool = False
     steps: int = 0
@@ -181,7 +182,7 @@ class Cohort:
             for worker in self.workers if self.bound else self.workers[:1]:
                 worker.ask(f"verify {START + STEP * self.steps}", harness.ROUND_LIMIT_S)
 
-        return Competitor(get_ready, one_round, verify, (*self.others, *self.workers))
+        return self.checked(Competitor(get_ready, one_round, verify, (*self.others, *self.workers)))
 
 
 def _opened(one: Competitor) -> AbstractContextManager[Competitor]:
@@ -197,25 +198,25 @@ def _model(parameters: int) -> nn.Module:
 
 @contextmanager
 def _asynchronous(way: Way, count: int, parameters: int) -> Iterator[Cohort]:
-    made = (child(f"worker {number}", _train, way, parameters, number) for number in range(count))
+    made = (child(f"worker {number}", _train, parameters, number) for number in range(count))
     with players.served(way, {"max_sessions": count + 1}) as server, children(made) as workers:
 
         def first() -> None:
-            address = server.hear(harness.START_LIMIT_S)
+            address = server.ready()
             for worker in workers:
                 worker.tell(address)
 
-        yield Cohort(workers, (server,), first, bound=False)
+        yield Cohort(workers, (server.process,), first, server.checked, bound=False)
 
 
-def _train(link: Link, way: Way, parameters: int, number: int) -> None:
+def _train(link: Link, parameters: int, number: int) -> None:
     address = next(link.requests(), None)
     if address is None:  # the benchmark is gone before it began
         return
     torch.set_num_threads(1)
     model = _model(parameters)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with join(address, model, optimizer, name=f"worker-{number}", **players.options(join, way)) as session:
+    with join(address, model, optimizer, name=f"worker-{number}") as session:
 
         def verify(expected: float) -> None:
             _check(session.global_model(), expected)
@@ -228,7 +229,7 @@ def _synchronous(count: int, parameters: int) -> Iterator[Cohort]:
     with players.meeting() as meeting:
         made = (child(f"{SYNCHRONOUS} {rank}", _average, meeting, parameters, rank, count) for rank in range(count))
         with children(made) as workers:
-            yield Cohort(workers, (), lambda: None, bound=True)
+            yield Cohort(workers, (), lambda: None, lambda competitor: competitor, bound=True)
 
 
 def _average(link: Link, meeting: str, parameters: int, rank: int, world: int) -> None:

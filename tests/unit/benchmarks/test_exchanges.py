@@ -116,16 +116,6 @@ def test_shared_memory_is_measured_where_there_is_any(monkeypatch: pytest.Monkey
     assert players.ways(said.append, ["tcp"]) == [WAYS["tcp"]]
 
 
-def test_a_library_that_knows_shared_memory_is_told_of_it() -> None:
-    def new(address: str, *, shared_memory: bool = True) -> None: ...
-
-    def old(address: str) -> None: ...
-
-    assert players.options(new, WAYS["ipc"]) == {"shared_memory": False}
-    assert players.options(new, WAYS["shm"]) == {"shared_memory": True}
-    assert players.options(old, WAYS["shm"]) == {}
-
-
 # The command
 
 
