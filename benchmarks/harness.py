@@ -156,11 +156,13 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     """Open all cases, let them take turns for `warmup` and then `rounds` rounds, verify each, close them."""
     seconds: list[list[float]] = [[] for _ in cases]
     with ExitStack() as stack:
-        competitors = [stack.enter_context(case.open()) for case in cases]
-        stack.callback(_resume, competitors)
-        for competitor in competitors:
+        competitors: list[Competitor] = []
+        for case in cases:  # one after the other: dozens of processes that start together run into the limits of some
+            competitor = stack.enter_context(case.open())
+            stack.callback(_resume, competitor)
             with competitor.turn():
                 competitor.ready()
+            competitors.append(competitor)
         for turn in range(warmup + rounds):
             for taken, competitor in zip(seconds, competitors, strict=True):
                 with competitor.turn():
@@ -173,11 +175,10 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
 
 
-def _resume(competitors: Sequence[Competitor]) -> None:
+def _resume(competitor: Competitor) -> None:
     """Who ends may have to say something to another."""
-    for competitor in competitors:
-        for process in competitor.processes:
-            process.resume()
+    for process in competitor.processes:
+        process.resume()
 
 
 def groups(cases: Sequence[Case], room_bytes: int) -> list[list[Case]]:
@@ -439,7 +440,8 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None and self._process.is_alive():
-            os.kill(self._process.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._process.pid, number)
 
     def hear(self, limit_s: float) -> Any:
         """The next answer; raises BenchmarkError where there is none in time, or it is a failure."""
