@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # Quiet, except for errors.
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: help demo test check bench slow fuzz rules papers clean
+.PHONY: help demo test check bench benchmarks slow fuzz rules papers clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -30,6 +30,10 @@ check: $(STAMP)  ## format, lint, types, and the commands in the docs
 
 bench: $(STAMP)  ## time one exchange against the peers
 	$(BIN)/python -m benchmarks roundtrip
+
+benchmarks: $(STAMP)  ## all benchmarks of the data plane, into runs/benchmarks: half an hour
+	for name in roundtrip apply exchanges overhead scaling memory; do \
+		$(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
 
 slow: $(STAMP)  ## the slow tests only
 	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)

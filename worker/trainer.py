@@ -376,7 +376,7 @@ class Session:
             self._take_news()
             if self._early is not None:
                 self._wait_until_settled()
-            if self._in_flight is None and not self._away and not self._reanchoring:
+            if self._in_flight is None and self._progress.steps and not self._away and not self._reanchoring:
                 self._push()
             left = deadline - self._now()
             if left <= 0:
