@@ -1,6 +1,8 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
-center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
+center + rule state + sessions x (rule, buffers, shared memory) + pool (slots, snapshots) + checkpoint shadow
+
+A worker's own memory, which the server only reads, is the worker's.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class MemoryPlan(NamedTuple):
     per_session: int
     arrays: int
     """Of that, what the rule keeps."""
+    shared: int
+    """Of each worker on this machine, what its replies lie in; nobody knows before who that will be."""
     slots: int
     per_slot: int
     snapshots: int
@@ -34,14 +38,15 @@ class MemoryPlan(NamedTuple):
     def total(self, sessions: int) -> int:
         """Bytes with that many workers."""
         state = self.center + self.rule_state + sessions * self.per_session
-        return state * (2 if self.saved else 1) + self.pool
+        return state * (2 if self.saved else 1) + sessions * self.shared + self.pool
 
     def sentence(self, sessions: int) -> str:
         """The sum in words, for `serve`."""
         shadow = " twice, for checkpoints," if self.saved else ""
+        shared = f" + {sessions} x {_mib(self.shared)} shared" if self.shared else ""
         return (
             f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
-            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
+            f"{_mib(self.per_session)}{shadow}{shared} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
             f"{_mib(self.total(sessions))}."
         )
 
@@ -60,6 +65,7 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
+        shared=down.bytes if settings.shared_memory and not settings.arrivals else 0,
         slots=count,
         per_slot=up.bytes + down.bytes,
         snapshots=snapshots,
@@ -75,8 +81,9 @@ def before_the_model(settings: ServerSettings) -> str:
     vectors = 1 + _vectors(rule.state(config, settings.overlap, 1, "float32"))
     arrays = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     shadow = "2 x " if settings.directory else ""
+    shared = " + a reply for each worker on this machine" if settings.shared_memory and not settings.arrivals else ""
     return (
-        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes"
+        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{shared}"
         f" + a pool of at most {settings.pool_mib} MiB for transfers."
     )
 

@@ -140,6 +140,7 @@ def _worker(session: Session, now: float) -> dict[str, Any]:
         "lag": counters.lag_versions,
         "bytes_up": counters.bytes_up,
         "bytes_down": counters.bytes_down,
+        "shares_memory": session.memory is not None,
         "last_seen_s": round(now - session.last_seen, 2),
         "last_progress_s": round(now - session.last_progress, 2),
         "joined_s": round(now - session.joined, 2),
