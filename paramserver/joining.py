@@ -307,5 +307,5 @@ class Joining:
             raise PeerError(
                 Code.FULL,
                 f"With one more worker the server would need {needed / 2**20:,.0f} MiB, its limit is {limit:,} MiB.",
-                fix="Raise `memory_limit_mib`, lower `pool_mib`, or use fewer workers.",
+                fix="Raise `memory_limit_mib`, lower `pool_mib`, use fewer workers, or serve with --no-shared-memory.",
             )

@@ -160,9 +160,11 @@ class Driver(Carrier):
         except StateError as error:
             log.warning("updates are sent in messages: %s", error)
             return super().staging(size, machine)
-        self._memory, earlier = memory, self._memory
-        if earlier is not None:
-            earlier.withdraw()
+        with self._wake_lock:
+            ended = self._wake < 0
+            unused, self._memory = (memory, None) if ended else (self._memory, memory)
+        if unused is not None:
+            unused.withdraw()
         self.post(Staged(memory.place))
         return memory.data
 
@@ -201,8 +203,9 @@ class Driver(Carrier):
             with self._wake_lock:  # a descriptor's number is soon somebody else's
                 os.close(self._wake)
                 self._wake = -1
-            if self._memory is not None:
-                self._memory.withdraw()
+                memory, self._memory = self._memory, None
+            if memory is not None:
+                memory.withdraw()
 
     def _turn(self) -> None:
         deadline = self._core.deadline()
@@ -232,7 +235,8 @@ class Driver(Carrier):
                     self._endpoint = self._dial(self._address)
                     self._do(self._core.handle(Dialled(), time.monotonic()))
                 case Attach(place):
-                    self._attach(place)
+                    if not self._attach(place):
+                        return  # the rest was for the connection that this has ended
                 case Deliver(news):
                     with self._arrived:
                         self._news.append(news)
@@ -240,10 +244,11 @@ class Driver(Carrier):
                 case Say(level, sentence):
                     log.log(logging.getLevelNamesMapping()[level.upper()], sentence)
 
-    def _attach(self, place: Place) -> None:
+    def _attach(self, place: Place) -> bool:
         try:
             theirs = shared.attach(place, expect=place.bytes)
         except shared.CannotAttach as error:
             self._do(self._core.handle(CannotAttach(str(error)), time.monotonic()))
-        else:
-            self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))
+            return False
+        self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))
+        return True
