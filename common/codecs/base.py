@@ -147,6 +147,8 @@ class Codec(NamedTuple):
     """`check` and `decode` in one pass over memory: (data, x), raises CodecError; None where one pass saves nothing."""
     stochastic: bool = False
     """Does the key matter?"""
+    same_bytes: bool = True
+    """Does every device give the same bytes? Not where a scale is a sum, whose last bit is up to the order."""
     largest: float = float(LARGEST_F32)
     """Magnitudes above are refused."""
     parameters: tuple[Parameter, ...] = ()

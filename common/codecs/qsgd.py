@@ -194,6 +194,7 @@ def make(levels: int, group: int) -> Codec:
         decode=decode,
         error_bound=error_bound,
         device=Device(device_encode, device_decode),
+        same_bytes=False,
         stochastic=True,
         parameters=(
             Parameter("levels", LEVELS, _levels, f"a whole number from 1 to {LEVELS}", "7"),

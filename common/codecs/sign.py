@@ -153,6 +153,7 @@ def make(group: int) -> Codec:
         decode=decode,
         error_bound=error_bound,
         device=Device(device_encode, device_decode),
+        same_bytes=False,
         parameters=(group_parameter(GROUP),),
         make=make,
     )
