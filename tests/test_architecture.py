@@ -46,7 +46,7 @@ IMPURE = {"asyncio", "zmq", "socket", "threading", "time", "random", "os", "logg
 
 HELPERS_OF_ALGORITHMS = {f"common.{name}" for name in ("buffers", "discovery", "errors", "kernels")}  # of a `base`
 RULE_HELPERS = {"common.rules.base", "common.rules.elastic", "common.rules.rounds"}
-CODEC_HELPERS = {f"common.codecs.{name}" for name in ("base", "draws", "tensors")}
+CODEC_HELPERS = {f"common.codecs.{name}" for name in ("base", "draws", "parts", "tensors")}
 
 SPEAKS_TO_ITSELF = {"deploy.simulation.remote"}
 """Exchanges Python objects with processes that it forked, over pipes that nobody else can reach."""

@@ -20,7 +20,7 @@ from common import discovery
 from common.codecs.base import Codec
 from common.errors import ConfigError
 
-HELPERS = ("base", "draws", "feedback", "tensors")
+HELPERS = ("base", "draws", "feedback", "parts", "tensors")
 FEEDBACK = "ef"
 PLAIN = "plain"
 CHARACTERS = 64

@@ -20,7 +20,6 @@ import numpy as np
 from common.codecs import draws, tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
     U8,
     Codec,
     Device,
@@ -29,6 +28,9 @@ from common.codecs.base import (
     expect_bytes,
     kernel,
     non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
 )
 
 if TYPE_CHECKING:

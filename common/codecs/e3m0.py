@@ -22,20 +22,22 @@ import numpy as np
 from common.codecs import tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
-    LARGEST_F32,
-    SMALLEST_ABSMAX,
     U8,
     Codec,
     Device,
+    expect_bytes,
+    kernel,
+    non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    LARGEST_F32,
+    SMALLEST_ABSMAX,
     absmax_bits,
     check_codes,
     check_scales,
-    expect_bytes,
     group_maxima,
     group_parameter,
-    kernel,
-    non_finite,
 )
 
 if TYPE_CHECKING:

@@ -18,16 +18,18 @@ import numpy as np
 from common.codecs import tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
-    LARGEST_HALF,
     U8,
     Codec,
     Device,
     all_finite,
     expect_bytes,
-    from_half,
     kernel,
     non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    LARGEST_HALF,
+    from_half,
     to_half,
 )
 

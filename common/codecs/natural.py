@@ -19,16 +19,18 @@ import numpy as np
 from common.codecs import draws, tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
     U8,
     Codec,
     CodecError,
     Device,
     expect_bytes,
-    holds_lowest,
     kernel,
     non_finite,
     out_of_range,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    holds_lowest,
 )
 
 if TYPE_CHECKING:

@@ -22,22 +22,24 @@ import numpy as np
 from common.codecs import draws, tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
-    SMALLEST_SCALE,
     U8,
     Codec,
     CodecError,
     Device,
     Parameter,
+    expect_bytes,
+    kernel,
+    non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    SMALLEST_SCALE,
     absmax_bits,
     check_codes,
     check_scales,
-    expect_bytes,
     group_parameter,
     holds_lowest,
-    kernel,
     largest_scale,
-    non_finite,
     sum_of_squares,
 )
 
@@ -194,6 +196,7 @@ def make(levels: int, group: int) -> Codec:
         decode=decode,
         error_bound=error_bound,
         device=Device(device_encode, device_decode),
+        same_bytes=False,
         stochastic=True,
         parameters=(
             Parameter("levels", LEVELS, _levels, f"a whole number from 1 to {LEVELS}", "7"),

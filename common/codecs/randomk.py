@@ -22,7 +22,6 @@ from common.codecs import draws, tensors
 from common.codecs.base import (
     BLOCK_ELEMENTS,
     F32,
-    LARGEST_F32,
     U8,
     Codec,
     Device,
@@ -31,6 +30,9 @@ from common.codecs.base import (
     expect_bytes,
     kernel,
     non_finite,
+)
+from common.codecs.parts import (
+    LARGEST_F32,
 )
 
 if TYPE_CHECKING:

@@ -19,19 +19,21 @@ import numpy as np
 from common.codecs import tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
-    LARGEST_F32,
-    SMALLEST_SCALE,
     U8,
     Codec,
     Device,
+    expect_bytes,
+    kernel,
+    non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    LARGEST_F32,
+    SMALLEST_SCALE,
     absmax_bits,
     check_rest,
     check_scales,
-    expect_bytes,
     group_parameter,
-    kernel,
-    non_finite,
     sum_of_magnitudes,
 )
 
@@ -153,6 +155,7 @@ def make(group: int) -> Codec:
         decode=decode,
         error_bound=error_bound,
         device=Device(device_encode, device_decode),
+        same_bytes=False,
         parameters=(group_parameter(GROUP),),
         make=make,
     )

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from common.codecs.base import LARGEST_F32, SMALLEST_ABSMAX, non_finite
+from common.codecs.base import (
+    non_finite,
+)
+from common.codecs.parts import (
+    LARGEST_F32,
+    SMALLEST_ABSMAX,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,21 +19,23 @@ import numpy as np
 from common.codecs import draws, tensors
 from common.codecs.base import (
     F32,
+    U8,
+    Codec,
+    Device,
+    expect_bytes,
+    kernel,
+    non_finite,
+)
+from common.codecs.parts import (
     INFINITE_BITS,
     LARGEST_F32,
     SMALLEST_ABSMAX,
     SMALLEST_SCALE,
-    U8,
-    Codec,
-    Device,
     absmax_bits,
     check_codes,
     check_scales,
-    expect_bytes,
     group_maxima,
     group_parameter,
-    kernel,
-    non_finite,
 )
 
 if TYPE_CHECKING:

@@ -28,23 +28,25 @@ import numpy as np
 from common.codecs import tensors
 from common.codecs.base import (
     F32,
-    INFINITE_BITS,
-    LARGEST_HALF,
-    SMALLEST_ABSMAX,
     U8,
     Codec,
     CodecError,
     Device,
     Parameter,
-    absmax_bits,
     all_finite,
-    check_scales,
     expect_bytes,
+    kernel,
+    non_finite,
+)
+from common.codecs.parts import (
+    INFINITE_BITS,
+    LARGEST_HALF,
+    SMALLEST_ABSMAX,
+    absmax_bits,
+    check_scales,
     from_half,
     holds_lowest,
-    kernel,
     largest_scale,
-    non_finite,
     to_half,
 )
 
@@ -228,14 +230,9 @@ def make(density: float, values: str) -> Codec:
     def parts(data: U8, n: int) -> tuple[int, F32, Any, Any, U8]:
         """k of the last chunk, scales, halves, bytes, indices."""
         last_k, scales, end, _ = cut(n)
-        halves = data[scales:end].view(np.uint16) if in_halves else data[:0].view(np.uint16)
-        return (
-            last_k,
-            data[:scales].view(np.float32),
-            halves,
-            data[scales : 0 if in_halves else end].view(np.int8),
-            data[end:],
-        )
+        halves = data[scales : end if in_halves else scales].view(np.uint16)
+        bytes_ = data[scales : scales if in_halves else end].view(np.int8)
+        return last_k, data[:scales].view(np.float32), halves, bytes_, data[end:]
 
     def encode(x: F32, out: U8, key: int = 0) -> None:
         last_k, scales, halves, bytes_, indices = parts(out, x.size)
