@@ -225,7 +225,7 @@ class Watcher(Inhabitant):
                 self.fiber.wait(None)
             found = self._describe()
             if found["version"] and self.center.evaluates:
-                self.center.look(ADDRESS, found, found["elapsed_s"])
+                self.center.look(ADDRESS, found, self._ether.world.now)
             self._looks += 1
 
     def _compute(self, work: Callable[[], T], steps: int) -> T:

@@ -19,9 +19,10 @@ from common import codecs
 from common.codecs.base import F32
 from common.config import ServerSettings
 from deploy.simulation import scenario
-from deploy.simulation.cluster import ADDRESS, Ether, Inhabitant
 from deploy.simulation.server import Server
+from deploy.simulation.workers import ADDRESS, Ether, Inhabitant
 from worker import join
+from worker.driver import Machine
 from worker.trainer import Session
 
 STEPS, STEP_S = 60, 0.05
@@ -44,7 +45,8 @@ class Trainer(Inhabitant):
         self.session: Session | None = None
         self.total = np.zeros(sum(p.numel() for p in self.model.parameters()))
         self._number, self._random = number, np.random.default_rng(number)
-        super().__init__(ether, f"worker-{number}", number, 0, ether.scenario.conditions)
+        super().__init__(ether, f"worker-{number}", 0, ether.scenario.conditions)
+        self.machine = Machine("here", number, f"{self.name}-0", self._carry, lambda: ether.world.now)
 
     def live(self) -> None:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -109,7 +111,6 @@ def ran(directory: Path, faults: str, **settings: Any) -> Iterator[tuple[Any, li
     finally:
         for trainer in trainers:
             trainer.crash()
-        ether.thread.shutdown(cancel_futures=True)
         server.close()
 
 
