@@ -281,10 +281,12 @@ def report(
     settings: dict[str, Any],
     json_file: Path | None,
     found: Sequence[Row] | None = None,
+    *,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it.
 
-    found: the rows, where the results are not all of one run of `measure`.
+    found: the rows, where the results are not all of one run of `measure`. more: what else the file is to hold.
     """
     found, about = rows(benchmark, results) if found is None else found, machine()
     console = Console()
@@ -299,7 +301,8 @@ def report(
     if json_file is None:
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps({"machine": about, "settings": settings, "rows": found}, indent=2) + "\n")
+    written = {"machine": about, "settings": settings, "rows": found} | (more or {})
+    json_file.write_text(json.dumps(written, indent=2) + "\n")
     picture_file = json_file.with_suffix(".png")
     picture(results, picture_file, title=f"{benchmark}: {about['cpu']}, {about['cores']} cores")
     console.print(f"Written: {json_file}, {picture_file}", highlight=False)

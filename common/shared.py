@@ -5,8 +5,8 @@
 
 Laws
 * It has no name: when both sides are gone, however they ended, nothing is left of it.
-* All its pages are there before it is offered (a full machine refuses here, and kills nobody later), and seals keep
-  its size for ever: no peer can make an access fail. Nobody but the owner can map it for writing.
+* All its pages are there before it is offered, so that no access finds a full machine, and seals keep its size for
+  ever: no peer can make an access fail. Nobody but the owner can map it for writing.
 * `attach` maps nothing that it has not checked: the same user, really such memory, its seals, its size, and the random
   mark in it, without which a process number may mean another process in another container.
 * Being able to attach is the test of being on one machine; `MACHINE` only says when trying is worth it.

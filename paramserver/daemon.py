@@ -305,9 +305,8 @@ class Daemon:
             theirs = shared.attach(wanted.place, expect=wanted.update_bytes)
             mine = Memory.make(wanted.reply_bytes)
         except (shared.CannotAttach, StateError) as error:
-            self._loop.call_soon_threadsafe(
-                self._handle, Attached(wanted.peer, wanted.session, wanted.connection, None, None, str(error))
-            )
+            failed = Attached(wanted.peer, wanted.session, wanted.connection, None, None, str(error))
+            self._loop.call_soon_threadsafe(self._handle_and_receive, failed)
         else:
             self._loop.call_soon_threadsafe(self._attached, wanted, theirs, mine)
 
@@ -318,7 +317,7 @@ class Daemon:
         self._unshare(wanted.peer)
         self._shared[wanted.peer] = mine
         self._endpoint.share(wanted.peer, mine, (bytes.fromhex(wanted.place.mark), theirs))
-        self._handle(Attached(wanted.peer, wanted.session, wanted.connection, mine.data, mine.place))
+        self._handle_and_receive(Attached(wanted.peer, wanted.session, wanted.connection, mine.data, mine.place))
 
     def _unshare(self, peer: bytes) -> None:
         self._endpoint.unshare(peer)
@@ -369,7 +368,10 @@ def warm(settings: ServerSettings) -> None:
         update, reply = np.zeros(up.bytes, np.uint8), np.zeros(shard.downs[fragment].bytes, np.uint8)
         up.encode(shard.center, update)
         for chunk in up.chunks:
-            up.take(chunk, update[chunk.offset : chunk.offset + chunk.size].copy(), update)
+            payload = update[chunk.offset : chunk.offset + chunk.size].copy()
+            up.take(chunk, payload, update)
+            payload.flags.writeable = False  # as the memory of workers is
+            up.take(chunk, payload, update)
         for number in range(1, WARM_PUSHES + 1):
             facts = Facts("warm", number, 1, 0, 0.0, 1, 0.1, 0.0, fragment)
             try:

@@ -182,6 +182,8 @@ class Session:
     """The last reply, where the rule wants the very same bytes again if it is lost."""
     memory: U8 | None = None
     """Where this connection's replies to pushes lie, and its worker reads them; None: they are sent."""
+    offered: int = 0
+    """The connection on which it offered memory of its own."""
     order: Order | None = None
     """The latest order, under a rule that schedules."""
     last_order: int = 0

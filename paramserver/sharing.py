@@ -8,7 +8,8 @@ Laws
   which the worker only reads. What is validated is what was copied out of theirs, never what lies there.
 * Ours holds one reply: the next one is written when the worker pushes again, so it has read the one before. Whatever
   else comes down, comes in messages.
-* Both belong to one connection. A kernel that still writes for one that is gone writes to memory nobody reads.
+* Both belong to one connection, on which they are asked for once, whatever comes of it. A kernel that still writes
+  for one that is gone writes to memory nobody reads.
 * Without it everything works as well: it is offered, never needed, and `status` tells who has it.
 """
 
@@ -66,6 +67,9 @@ class Sharing:
         """A worker offers its memory; raises PeerError for what cannot be its updates'."""
         if session.role != "worker" or self._state.model is None:
             raise PeerError(Code.UNEXPECTED, "Only a worker whose model is known has memory to share.")
+        if session.offered == session.connection:
+            return
+        session.offered = session.connection
         if not self._state.machine:
             self._tell(session, None, "This server shares none.")
             return

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from common import chunks, codecs, distributions, rules, wire
-from common.codecs.base import BLOCK_ELEMENTS, F32
+from common.codecs.base import BLOCK_ELEMENTS, F32, U8
 from common.config import ServerSettings
 from common.distributions import expovariate
 from common.layout import Layout, Tensor
@@ -50,17 +50,19 @@ from common.messages import (
     Message,
     More,
     Optimizer,
+    Place,
     Pull,
     Push,
     Report,
     Resume,
     Scalars,
+    Share,
     Version,
     Welcome,
 )
 from common.node import JobDone, Node, Received, Released, Run, Send, Tick
 from common.simulator import EVENTS_AT_ONCE, LATE_S, Conditions, Host, Link, Pipe, World, unsent
-from paramserver.core import Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
+from paramserver.core import Attach, Attached, Detach, Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
 from worker import core as worker
 from worker.core import WorkerCore
 
@@ -558,6 +560,10 @@ SMALL = Layout((Tensor("w", (2, 3), "float32", "parameter"), Tensor("mean", (2,)
 """Eight elements: one chunk, so that a push is one message."""
 LARGE = Layout((Tensor("w", (600, 1000), "float32", "parameter"), Tensor("b", (7,), "float32", "parameter")))
 """Three chunks in fp32."""
+POISON = 0xA5
+"""Bytes of memory that nobody has written to."""
+LONGEST_BYTES = 1 << 24
+"""In shared memory a payload may be longer than a message."""
 
 
 class Desk:
@@ -570,19 +576,28 @@ class Desk:
         epoch: int = 1,
         recovered: Recovered | None = None,
         by_itself: bool = True,
+        machine: str = "",
         **settings: Any,
     ) -> None:
         self.layout = layout
         self.settings = ServerSettings.model_validate(settings)
         count = itertools.count(1)
-        self.core = ServerCore(self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(count)}", recovered=recovered)
+        self.core = ServerCore(
+            self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(count)}", recovered=recovered, machine=machine
+        )
         self.now = 100.0
         self.by_itself = by_itself
         """Whether jobs run and buffers are released as soon as they can be."""
         self.jobs: deque[Run] = deque()
         self.holds: deque[int] = deque()
         self.saves: deque[Save] = deque()
+        self.attaching: deque[Attach] = deque()
+        """Memory that workers offered; `attach` and `cannot_attach` tell of it."""
+        self.detached: list[bytes] = []
         self.sent: list[tuple[bytes, Message]] = []
+        """As it was sent: copies."""
+        self.lying: list[U8 | None] = []
+        """Of each message sent, the payload where it lies."""
         self.said: list[str] = []
         self.exited = False
         self._do(self.core.start(self.now))
@@ -602,6 +617,19 @@ class Desk:
     def release(self) -> None:
         """The transport has read one more message."""
         self.event(Released(self.holds.popleft()))
+
+    def attach(self) -> U8:
+        """The memory that was offered first is mapped; what was made for the replies."""
+        wanted = self.attaching.popleft()
+        memory = np.full(wanted.reply_bytes, POISON, np.uint8)
+        place = Place(1, 2, wanted.reply_bytes, f"{len(self.sent):032x}")
+        self.event(Attached(wanted.peer, wanted.session, wanted.connection, memory, place))
+        return memory
+
+    def cannot_attach(self) -> None:
+        """The memory that was offered first is not to be had."""
+        wanted = self.attaching.popleft()
+        self.event(Attached(wanted.peer, wanted.session, wanted.connection, None, None, "It is elsewhere."))
 
     def finish(self) -> None:
         """Do and release everything there is."""
@@ -658,9 +686,15 @@ class Desk:
         for action in actions:
             match action:
                 case Send(peer, frames, hold):
-                    self.sent.append((peer, wire.decode([bytes(frame) for frame in frames])))
+                    copies = [bytes(frame) for frame in frames]
+                    self.sent.append((peer, wire.decode(copies, payload_bytes=LONGEST_BYTES)))
+                    self.lying.append(np.frombuffer(frames[1], np.uint8) if len(frames) > 1 else None)
                     if hold:
                         self.holds.append(hold)
+                case Attach():
+                    self.attaching.append(action)
+                case Detach(peer):
+                    self.detached.append(peer)
                 case Run():
                     self.jobs.append(action)
                 case Save():
@@ -715,7 +749,7 @@ class Hand:
             "worker": self.name,
             "fingerprint": layout.fingerprint,
             "elements": layout.elements,
-            "codecs": codecs.names(),
+            "codecs": codecs.known(),
             "host": "here",
             "optimizer": Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
             "resume": resume,
@@ -812,6 +846,19 @@ class Hand:
     def beat(self, steps: int = 0) -> None:
         """Be heard of."""
         self.send(Beat(self.session, self.connection, steps))
+
+    def share(self, **changes: Any) -> None:
+        """Offer memory for updates."""
+        settings = self.desk.settings
+        fragments = rules.load(settings.rule).fragments(settings.rule_config())
+        size = max(self._plan(settings.codec, part).bytes for part in range(fragments))
+        self.send(
+            Share(
+                self.session,
+                self.connection,
+                Place(**{"process": 1, "descriptor": 2, "bytes": size, "mark": "00"} | changes),
+            )
+        )
 
     def bye(self) -> None:
         """Leave."""

@@ -81,20 +81,30 @@ class Carrier(ABC):
         """Wait until nothing is carried any more: soon after the core has ended."""
 
     def push(
-        self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None, fragment: int = 0
+        self,
+        flat: F32,
+        plan: Plan,
+        data: U8,
+        scalars: Scalars,
+        base: Version,
+        spare: F32 | None,
+        fragment: int = 0,
+        *,
+        key: int = 0,
     ) -> None:
         """Have `flat` pushed: (elements,), encoded into data: (plan.bytes,) while its first chunks are on their way.
 
-        `spare`: memory for the reply. Raises CodecError where `flat` cannot be encoded; then nothing is pushed.
+        `spare`: memory for the reply; `key`: of this push, for codecs that round at random. Raises CodecError where
+        `flat` cannot be encoded; then nothing is pushed.
         """
         chunks = len(plan.chunks)
         if chunks == 1:
-            plan.encode(flat, data)
+            plan.encode(flat, data, key=key)
         self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
         for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
             end = min(ready + ENCODE_CHUNKS, chunks)
             try:
-                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last)
+                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last, key=key)
             except CodecError:
                 self.post(Withdrawn())
                 raise
@@ -150,9 +160,11 @@ class Driver(Carrier):
         except StateError as error:
             log.warning("updates are sent in messages: %s", error)
             return super().staging(size, machine)
-        self._memory, earlier = memory, self._memory
-        if earlier is not None:
-            earlier.withdraw()
+        with self._wake_lock:
+            ended = self._wake < 0
+            unused, self._memory = (memory, None) if ended else (self._memory, memory)
+        if unused is not None:
+            unused.withdraw()
         self.post(Staged(memory.place))
         return memory.data
 
@@ -191,8 +203,9 @@ class Driver(Carrier):
             with self._wake_lock:  # a descriptor's number is soon somebody else's
                 os.close(self._wake)
                 self._wake = -1
-            if self._memory is not None:
-                self._memory.withdraw()
+                memory, self._memory = self._memory, None
+            if memory is not None:
+                memory.withdraw()
 
     def _turn(self) -> None:
         deadline = self._core.deadline()
@@ -222,7 +235,8 @@ class Driver(Carrier):
                     self._endpoint = self._dial(self._address)
                     self._do(self._core.handle(Dialled(), time.monotonic()))
                 case Attach(place):
-                    self._attach(place)
+                    if not self._attach(place):
+                        return  # the rest was for the connection that this has ended
                 case Deliver(news):
                     with self._arrived:
                         self._news.append(news)
@@ -230,10 +244,11 @@ class Driver(Carrier):
                 case Say(level, sentence):
                     log.log(logging.getLevelNamesMapping()[level.upper()], sentence)
 
-    def _attach(self, place: Place) -> None:
+    def _attach(self, place: Place) -> bool:
         try:
             theirs = shared.attach(place, expect=place.bytes)
         except shared.CannotAttach as error:
             self._do(self._core.handle(CannotAttach(str(error)), time.monotonic()))
-        else:
-            self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))
+            return False
+        self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))
+        return True

@@ -196,6 +196,8 @@ class ZeroMQEndpoint:
             self._monitor.close(linger=0)
             self._monitor = None
         self._socket.close(linger=0)
+        self._mine.clear()
+        self._theirs.clear()
 
 
 def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:

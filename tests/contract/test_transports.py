@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ import pytest
 
 from common import transports
 from common.errors import NetworkError
+from common.shared import MARK_BYTES, Memory, attach
+from common.transports import ZeroMQEndpoint
 from common.transports.base import SERVER
 from common.transports.memory import MemoryEndpoint
+from common.transports.zeromq import COPY_BYTES, POINT_BYTES
 from common.wire import PAYLOAD_BYTES
 
 TIMEOUT_S = 10.0
@@ -397,3 +401,197 @@ def test_dialing_nobody_is_silence_and_bounded() -> None:
     assert reason
     assert end.receive() is None
     end.close()
+
+
+# Shared memory
+
+POINTER = struct.Struct("<16sQQ")
+SHARED_BYTES = PAYLOAD_BYTES + 3 * POINT_BYTES
+
+
+class Sharing:
+    """A connection both of whose ends have memory that the other reads."""
+
+    def __init__(self, wires: Wires) -> None:
+        self.dialer, self.peer = wires.met()
+        self.listener = wires.listener
+        self.up, self.down = Memory.make(SHARED_BYTES), Memory.make(SHARED_BYTES)
+        for number, memory in enumerate((self.up, self.down)):
+            memory.data[:] = np.random.default_rng(number).integers(0, 256, SHARED_BYTES, np.uint8)
+        self.dialer.share(SERVER, self.up, self.offered(self.down))
+        self.listener.share(self.peer, self.down, self.offered(self.up))
+
+    @staticmethod
+    def offered(memory: Memory) -> tuple[bytes, Any]:
+        return bytes.fromhex(memory.place.mark), attach(memory.place, expect=SHARED_BYTES)
+
+    @property
+    def ways(self) -> list[tuple[Any, bytes, Any, Memory]]:
+        """Sender, whom it sends to, receiver, the sender's memory."""
+        return [(self.dialer, SERVER, self.listener, self.up), (self.listener, self.peer, self.dialer, self.down)]
+
+    def point(self, at: int, size: int, mark: bytes | None = None) -> list[Any]:
+        """What the listener makes of a pointer, whoever wrote it."""
+        mark = bytes.fromhex(self.up.place.mark) if mark is None else mark
+        self.dialer._socket.send_multipart([b"header", b"", POINTER.pack(mark, at, size)])
+        return received(self.listener)[1]
+
+    def lies_in(self, memory: Memory, buffer: Any) -> bool:
+        """Whether the buffer is no copy: it changes with the memory."""
+        before = bytes(buffer)
+        memory.data[:] ^= 0xFF
+        changed = bytes(buffer)
+        memory.data[:] ^= 0xFF
+        return changed != before
+
+
+@pytest.fixture
+def sharing(sockets: Wires) -> Iterator[Sharing]:
+    made = Sharing(sockets)
+    yield made
+    made.up.withdraw()
+    made.down.withdraw()
+
+
+@pytest.mark.parametrize("size", [POINT_BYTES + 1, COPY_BYTES + 1, PAYLOAD_BYTES + 1, SHARED_BYTES])
+def test_a_payload_in_shared_memory_is_read_where_it_lies(sharing: Sharing, size: int) -> None:
+    """Also one that is too long for a message, and what was sent before and after it keeps its place."""
+    for sender, name, receiver, memory in sharing.ways:
+        for at in {0, 1, SHARED_BYTES - size}:
+            if at + size > SHARED_BYTES:
+                continue
+            assert sender.send(name, [b"before", b"x"]) == ""
+            assert sender.send(name, [b"header", memory.data[at : at + size].data], hold=9) == ""
+            assert sender.send(name, [b"after"]) == ""
+            assert sender.released() == [9], "nothing tells when it was read"
+            assert [bytes(frame) for frame in received(receiver)[1]] == [b"before", b"x"]
+            header, payload = received(receiver)[1]
+            assert bytes(header) == b"header"
+            assert bytes(payload) == memory.data[at : at + size].tobytes()
+            assert sharing.lies_in(memory, payload)
+            assert memoryview(payload).readonly
+            assert [bytes(frame) for frame in received(receiver)[1]] == [b"after"]
+
+
+def test_short_payloads_and_those_that_lie_elsewhere_are_sent(sharing: Sharing) -> None:
+    for sender, name, receiver, memory in sharing.ways:
+        other = np.array(memory.data)
+        for source in (memory.data[:POINT_BYTES], other[:PAYLOAD_BYTES]):
+            before = source.tobytes()
+            assert sender.send(name, [b"header", source.data]) == ""
+            payload = received(receiver)[1][1]
+            assert bytes(payload) == before
+            assert not sharing.lies_in(memory, payload)
+
+
+def test_what_is_too_long_and_not_shared_is_refused_and_not_sent(sharing: Sharing) -> None:
+    for sender, name, receiver, memory in sharing.ways:
+        for payload in (bytes(PAYLOAD_BYTES + 1), np.array(memory.data)[: PAYLOAD_BYTES + 1].data):
+            assert "no longer shared" in sender.send(name, [b"header", payload], hold=3)
+            assert sender.released() == []
+        assert sender.send(name, [b"after"]) == ""
+        assert [bytes(frame) for frame in received(receiver)[1]] == [b"after"], "nothing of it, not even its header"
+
+
+def test_pointers_within_the_memory(sharing: Sharing) -> None:
+    for at, size in ((0, 1), (0, SHARED_BYTES), (SHARED_BYTES - 1, 1), (5, 7)):
+        assert bytes(sharing.point(at, size)[1]) == sharing.up.data[at : at + size].tobytes()
+
+
+HUGE = 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("at", "size"),
+    [
+        (0, SHARED_BYTES + 1),
+        (1, SHARED_BYTES),
+        (SHARED_BYTES - 1, 2),
+        (SHARED_BYTES, 1),
+        (SHARED_BYTES + 1, 1),
+        (SHARED_BYTES + 1, 0),
+        (HUGE, 1),
+        (1, HUGE),
+        (HUGE, HUGE),
+        (HUGE - 9, 10),
+        (HUGE - 9, 20),
+        (1 << 63, 1 << 63),
+        (0, HUGE),
+        (0, 0),
+    ],
+)
+def test_pointers_out_of_the_memory_are_nothing(sharing: Sharing, at: int, size: int) -> None:
+    header, payload = sharing.point(at, size)
+    assert (bytes(header), len(payload)) == (b"header", 0)
+
+
+def test_pointers_into_memory_that_is_not_shared_are_nothing(sharing: Sharing, sockets: Wires) -> None:
+    """With another mark, by a peer that shares nothing, and one peer into the memory of another."""
+    for mark in (bytes(MARK_BYTES), bytes.fromhex(sharing.down.place.mark)):
+        assert len(sharing.point(0, 100, mark)[1]) == 0
+    stranger, _ = sockets.met()
+    for mark in (b"", bytes.fromhex(sharing.up.place.mark)):
+        stranger._socket.send_multipart([b"header", b"", POINTER.pack(mark, 0, 0 if not mark else 100)])
+        assert len(received(sockets.listener)[1][1]) == 0
+    assert len(sharing.point(0, 100)[1]) == 100, "whose it is still points"
+
+
+@pytest.mark.parametrize("pointer", [b"", b"x", bytes(POINTER.size - 1), bytes(POINTER.size + 1), bytes(1000)])
+def test_third_frames_that_are_no_pointer_are_passed_on_for_the_wire_to_refuse(
+    sharing: Sharing, pointer: bytes
+) -> None:
+    sharing.dialer._socket.send_multipart([b"header", b"", pointer])
+    assert [bytes(frame) for frame in received(sharing.listener)[1]] == [b"header", b"", pointer]
+
+
+def test_after_it_ends_payloads_travel_in_messages_again(sharing: Sharing) -> None:
+    kept = sharing.point(0, 100)[1]
+    sharing.listener.unshare(sharing.peer)
+    sharing.listener.unshare(sharing.peer)
+    assert len(sharing.point(0, 100)[1]) == 0
+    assert "no longer shared" in sharing.listener.send(sharing.peer, [b"h", sharing.down.data.data], hold=4)
+    assert sharing.listener.released() == []
+    whole = sharing.down.data[:PAYLOAD_BYTES]
+    assert sharing.listener.send(sharing.peer, [b"h", whole.data], hold=5) == ""
+    payload = received(sharing.dialer)[1][1]
+    assert bytes(payload) == whole.tobytes()
+    assert not sharing.lies_in(sharing.down, payload)
+    until(lambda: sharing.listener.released() == [5] or None, "the release of what was read by reference")
+    assert bytes(kept) == sharing.up.data[:100].tobytes(), "who has a payload keeps it"
+
+
+def test_memory_that_is_shared_anew_replaces_the_old(sharing: Sharing) -> None:
+    old, new = sharing.up, Memory.make(SHARED_BYTES)
+    sharing.listener.share(sharing.peer, None, sharing.offered(new))
+    assert len(sharing.point(0, 100)[1]) == 0, "the old mark"
+    new.data[:100] = 1
+    assert bytes(sharing.point(0, 100, bytes.fromhex(new.place.mark))[1]) == bytes([1]) * 100
+    assert sharing.listener.send(sharing.peer, [b"h", sharing.down.data.data]) == "", "the other way is as it was"
+    assert len(received(sharing.dialer)[1][1]) == SHARED_BYTES
+    new.withdraw()
+    assert old is sharing.up
+
+
+def test_pointers_to_a_peer_that_went_are_a_reason(sharing: Sharing) -> None:
+    sharing.dialer.close()
+    payload = sharing.down.data.data
+    assert "gone" in until(lambda: sharing.listener.send(sharing.peer, [b"x", payload], 6) or None, "word of the loss")
+
+
+def test_an_end_that_is_closed_holds_no_memory(sockets: Wires) -> None:
+    """What was mapped for a connection goes with its end."""
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("/memfd:paramserver")
+
+    before = mapped()
+    made = Sharing(sockets)
+    assert mapped() == before + 4
+    sockets.listener.unshare(made.peer)
+    assert isinstance(made.dialer, ZeroMQEndpoint)
+    made.dialer.close()
+    sockets._dialers.remove(made.dialer)
+    made.up.withdraw()
+    made.down.withdraw()
+    del made
+    assert mapped() == before

@@ -26,11 +26,14 @@ from common.messages import (
     Message,
     More,
     Offer,
+    Place,
     Pull,
     Push,
     Reply,
     Resume,
     Scalars,
+    Share,
+    Shared,
     Version,
     Welcome,
 )
@@ -48,6 +51,7 @@ SETTINGS |= {
     "lease_s": 30.0,
     "window_chunks": 2,
     "finished": False,
+    "machine": "here",
 }
 SCALARS = Scalars(0.5, 8, 1, 0.1)
 SILENCE_S = 15.0
@@ -64,6 +68,8 @@ class Bench:
         self.core = WorkerCore(name="w", instance="i", library="test", layout=layout, optimizer=None, role=role)
         self.now = 50.0
         self.redials = 0
+        self.attaches: list[Place] = []
+        """Memory that it wants attached; whether it can be, the test says."""
         self._told: list[Message] = []
         self._news: list[Any] = []
         self.does(worker.Dialled())
@@ -78,12 +84,18 @@ class Bench:
                 case worker.Redial():
                     self.redials += 1
                     self.does(worker.Dialled())
+                case worker.Attach(place):
+                    self.attaches.append(place)
                 case worker.Deliver(news):
                     self._news.append(news)
 
     def hears(self, *messages: Message) -> None:
         for message in messages:
             self.does(Received(SERVER, [bytes(frame) for frame in wire.encode(message)]))
+
+    def ends_in(self, message: Any, payload: Any) -> None:
+        """A message whose payload is what a pointer pointed at; nothing, where that was nowhere."""
+        self.does(Received(SERVER, [bytes(wire.encode(replace(message, payload=b""))[0]), payload]))
 
     def told(self, kind: Any = object) -> list[Any]:
         told, self._told = self._told, []
@@ -755,3 +767,148 @@ def test_observer_never_resumes_nor_anchors() -> None:
     assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
     bench.does(worker.LinkLost())
     assert bench.told(Hello)[-1].resume is None
+
+
+# Shared memory
+
+MINE, THEIRS = Place(1, 2, 3, "aa"), Place(4, 5, 6, "bb")
+
+
+def sharing(layout: Layout = SMALL) -> Bench:
+    """A worker that joined a server on its machine, and offered it memory."""
+    bench = joined(layout)
+    bench.does(worker.Staged(MINE))
+    assert bench.told() == [Share("s", 1, MINE)]
+    bench.hears(Shared("s", 1, THEIRS, ""))
+    assert bench.attaches == [THEIRS]
+    return bench
+
+
+def test_memory_is_offered_on_every_connection_before_anything_else_is_said() -> None:
+    bench = sharing()
+    bench.does(worker.LinkLost())
+    bench.told()
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    assert bench.told()[0] == Share("s", 2, MINE)
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    assert not bench.told(Share), "once"
+
+
+def test_memory_that_is_there_before_the_welcome_is_offered_with_it() -> None:
+    bench = Bench()
+    bench.does(worker.Staged(MINE))
+    assert not bench.told(Share)
+    bench.hears(bench.welcome())
+    assert bench.told(Share) == [Share("s", 1, MINE)]
+
+
+def test_a_server_that_shares_with_nobody_is_offered_none() -> None:
+    bench = Bench()
+    bench.hears(bench.welcome(settings=SETTINGS | {"machine": ""}))
+    bench.does(worker.Staged(MINE))
+    assert not bench.told(Share)
+
+
+@pytest.mark.parametrize("phase", ["greeting", "leaving", "ended"])
+def test_who_is_on_the_way_offers_nothing(phase: str) -> None:
+    bench = joined()
+    match phase:
+        case "greeting":
+            bench.does(worker.LinkLost())
+        case "leaving":
+            bench.does(worker.Leave("done"))
+        case _:
+            bench.hears(Bye("s", 1, "over"))
+    bench.told()
+    bench.does(worker.Staged(MINE))
+    assert not bench.told(Share)
+
+
+def test_memory_of_an_old_connection_is_not_attached() -> None:
+    bench = sharing()
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    bench.hears(Shared("s", 1, THEIRS, ""), Shared("other", 2, THEIRS, ""))
+    assert bench.attaches == [THEIRS], "as before"
+    bench.hears(Shared("s", 2, THEIRS, ""))
+    assert bench.attaches == [THEIRS, THEIRS]
+
+
+def test_what_cannot_be_attached_is_never_offered_again_and_training_goes_on() -> None:
+    """The server reads this worker's memory and writes replies where it cannot look: the connection is given up."""
+    bench = sharing()
+    bench.pushes()
+    before = bench.redials
+    bench.does(worker.CannotAttach("It is elsewhere."))
+    assert bench.redials == before + 1
+    assert [type(news) for news in bench.news()] == [worker.Away]
+    bench.told()
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    assert not bench.told(Share)
+    bench.ack(1, Version(1, 1), connection=2)
+    [settled] = bench.news(worker.Settled)
+    assert settled.outcome == "applied"
+    bench.pushes(Version(1, 1))
+    assert bench.told(Push)[-1].begin.number == 2
+
+
+def test_a_server_that_cannot_is_left_in_peace() -> None:
+    bench = joined()
+    bench.does(worker.Staged(MINE))
+    bench.hears(Shared("s", 1, None, "It cannot be opened."))
+    assert (bench.attaches, bench.redials) == ([], 0)
+    assert not bench.news()
+
+
+@BOTH
+def test_a_whole_reply_is_decoded_as_it_arrives(layout: Layout) -> None:
+    """However many chunks it would have made: what lies there is the server's to write again after the next push."""
+    bench = sharing(layout)
+    bench.pushes()
+    bench.told()
+    reply, data = bench.reply(Version(1, 7))
+    lying = bytearray(data)
+    announced = Ack("s", 1, 1, "applied", "", "", Version(1, 7), Version(1, 0), 1.0, False, 1, reply)
+    bench.ends_in(announced, memoryview(lying).toreadonly())
+    lying[:] = b"\xff" * len(lying)
+    [settled] = bench.news(worker.Settled)
+    assert set(settled.values) == {7.0}
+    assert not bench.told(More)
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", ["too short", "too long", "one chunk", "NaN", "nothing"])
+def test_a_whole_reply_that_is_wrong_raises_doubt(layout: Layout, wrong: str) -> None:
+    """At once, or where it could be the announcement of chunks, when none come; and the push is repeated."""
+    bench = sharing(layout)
+    bench.pushes()
+    bench.news()
+    reply, data = bench.reply(Version(1, 7))
+    payload = {
+        "too short": data[:-1],
+        "too long": data + b"0",
+        "one chunk": data[: bench.core.plan("fp32").chunks[0].size - 8],
+        "NaN": data[:-8] + b"\xff" * 8,
+        "nothing": b"",
+    }[wrong]
+    announced = Ack("s", 1, 1, "applied", "", "", Version(1, 7), Version(1, 0), 1.0, False, 1, reply)
+    before = bench.redials
+    bench.ends_in(announced, payload)
+    assert not bench.news(worker.Settled)
+    bench.wait(SILENCE_S + 1.0, echo=True)
+    assert bench.redials > before
+    bench.told()
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    bench.ack(1, Version(1, 7), connection=2)
+    [settled] = bench.news(worker.Settled)
+    assert set(settled.values) == {7.0}
+
+
+def test_a_payload_no_reply_could_have_is_refused_before_it_is_read() -> None:
+    bench = sharing()
+    reply, _ = bench.reply(Version(1, 7))
+    announced = Ack("s", 1, 1, "applied", "", "", Version(1, 7), Version(1, 0), 1.0, False, 1, reply)
+    bench.ends_in(announced, bytes(wire.PAYLOAD_BYTES + 1))
+    assert bench.core.phase == "greeting"
+    bench.wait(2.0)
+    assert bench.redials >= 1

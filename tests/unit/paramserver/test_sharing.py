@@ -1,0 +1,543 @@
+"""Shared memory through the server's door: who is given it, that replies in it are the replies, and that it ends once.
+
+The outside is the test: it maps nothing, and a plain array stands for the server's memory. Every Desk checks
+`validate()` after each event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import chunks, rules
+from common.codecs.base import U8
+from common.layout import Layout
+from common.messages import (
+    Ack,
+    Bye,
+    Chunk,
+    Fault,
+    Grant,
+    Message,
+    Offer,
+    Optimizer,
+    Place,
+    Resume,
+    Share,
+    Shared,
+    Welcome,
+)
+from common.node import Unsendable
+from common.wire import encode
+from paramserver import memory, status
+from paramserver.core import Attached, Stop
+from tests.cluster import LARGE, POISON, SMALL, Desk, Hand
+from tests.unit.paramserver.test_core import BOTH
+
+HERE = "a machine"
+PLAIN = Optimizer("SGD", 0.1, 0.0, 1, False, 0.0)
+
+
+def desk(layout: Layout = SMALL, **settings: Any) -> Desk:
+    """A server on a machine where memory may be shared."""
+    return Desk(layout, machine=HERE, **settings)
+
+
+def sharing(found: Desk, name: str = "w") -> tuple[Hand, U8]:
+    """A worker that shares memory, and what its replies lie in."""
+    hand = found.join(name)
+    hand.share()
+    given = found.attach()
+    [shared] = hand.heard(Shared)
+    assert shared.place is not None
+    return hand, given
+
+
+def replies(found: Desk, hand: Hand, since: int = 0) -> list[tuple[Any, bytes]]:
+    """Each reply that was sent to a connection: the message that announced it, and its bytes, however they came."""
+    said = [message for peer, message in found.sent[since:] if peer == hand.peer]
+    complete: list[tuple[Any, bytes]] = []
+    for message in said:
+        if isinstance(message, Ack | Offer) and message.reply is not None:
+            data = bytes(message.payload) or b"".join(
+                bytes(piece.payload)
+                for piece in said
+                if isinstance(piece, Chunk) and piece.transfer == message.reply.id
+            )
+            assert len(data) == message.reply.bytes
+            complete.append((message, data))
+    return complete
+
+
+def lies_in(found: Desk, given: U8, message: Message) -> bool:
+    """Whether the payload of a message that was sent is no copy, but lies in that memory."""
+    [index] = [i for i, (_, sent) in enumerate(found.sent) if sent is message]
+    lying = found.lying[index]
+    return lying is not None and np.shares_memory(lying, given)
+
+
+def exchanged(found: Desk, hands: Sequence[Hand], values: Sequence[np.ndarray]) -> None:
+    """Three rounds of pushes, each worker's turn after turn, over all fragments."""
+    fragments = rules.load(found.settings.rule).fragments(found.settings.rule_config())
+    for number in range(1, 3 * fragments + 1):
+        for hand, value in zip(hands, values, strict=True):
+            since = len(found.sent)
+            for piece in hand.pieces(number, value * np.float32(number), fragment=(number - 1) % fragments):
+                hand.send(piece)
+            by_peer = {hand.peer: hand for hand in hands}
+            for peer, ack in found.sent[since:]:
+                if isinstance(ack, Ack) and ack.reply is not None:
+                    by_peer[peer].more(ack.reply.id)
+                    by_peer[peer].more(ack.reply.id, 0)
+
+
+# Asking for it
+
+
+def test_it_is_offered_attached_and_told() -> None:
+    found = desk(LARGE)
+    hand = found.join()
+    assert hand.welcome.settings["machine"] == HERE
+    hand.share(process=11, descriptor=12, mark="ab")
+    [wanted] = found.attaching
+    plan = chunks.plan(LARGE, "fp32")
+    assert (wanted.peer, wanted.session, wanted.connection) == (hand.peer, hand.session, hand.connection)
+    assert wanted.place == Place(11, 12, plan.bytes, "ab")
+    assert (wanted.update_bytes, wanted.reply_bytes) == (plan.bytes, plan.bytes)
+    assert not hand.heard(Shared), "not before it is there"
+    found.attach()
+    [shared] = hand.heard(Shared)
+    assert shared.place.bytes == plan.bytes
+    assert not shared.sentence
+
+
+def test_it_is_as_large_as_the_largest_fragment_in_the_codec_of_its_way() -> None:
+    found = desk(LARGE, rule="diloco", rule_settings={"fragments": 3}, local_steps=4, codec="int8", reply_codec="bf16")
+    found.join().share()
+    [wanted] = found.attaching
+    assert wanted.update_bytes == max(chunks.plan(LARGE, "int8", part, 3).bytes for part in range(3))
+    assert wanted.reply_bytes == max(chunks.plan(LARGE, "bf16", part, 3).bytes for part in range(3))
+
+
+def test_a_server_that_shares_with_nobody_says_so() -> None:
+    found = Desk(LARGE)
+    hand = found.join()
+    assert hand.welcome.settings["machine"] == ""
+    hand.share()
+    [shared] = hand.heard(Shared)
+    assert shared.place is None
+    assert "shares none" in shared.sentence
+    assert not found.attaching
+
+
+def test_memory_that_cannot_be_attached_costs_nothing_but_the_word() -> None:
+    found = desk(LARGE)
+    hand = found.join()
+    hand.share()
+    found.cannot_attach()
+    [shared] = hand.heard(Shared)
+    assert shared.place is None
+    assert shared.sentence == "It is elsewhere."
+    assert any("w " in sentence and "elsewhere" in sentence for sentence in found.said)
+    assert hand.push(1).reply is not None
+    [(_, data)] = replies(found, hand)[1:]
+    assert set(np.frombuffer(data, np.float32)) == {1.0, 0.0}, "padding is zero"
+    hand.bye()
+    assert found.detached == [], "there is nothing to end"
+
+
+def test_observers_have_none_to_share() -> None:
+    found = desk()
+    found.join()
+    observer = Hand(found, "o")
+    observer.hello(role="observer")
+    observer.share()
+    [fault] = observer.heard(Fault)
+    assert fault.code == "unexpected"
+    assert not found.attaching
+
+
+def test_before_there_is_a_session_nobody_shares() -> None:
+    found = desk()
+    stranger = Hand(found)
+    stranger.session, stranger.connection = "t", 1
+    stranger.share()
+    assert stranger.heard(Fault)[0].code == "stale"
+    assert not found.attaching
+
+
+def test_while_others_supply_the_weights_it_may_be_shared() -> None:
+    """The model is known from the first Hello on."""
+    found = desk()
+    first, second = Hand(found, "a"), Hand(found, "b")
+    first.hello()
+    second.hello()
+    second.share()
+    first.share()
+    for _ in range(2):
+        found.attach()
+    assert [hand.heard(Shared)[0].place is not None for hand in (first, second)] == [True, True]
+    first.initialise()
+    second.anchor()
+    assert second.push(1).outcome == "applied"
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"process": (1 << 53) - 1},
+        {"descriptor": (1 << 53) - 1, "process": 0},
+        {"bytes": 0},
+        {"bytes": (1 << 53) - 1},
+        {"mark": ""},
+        {"mark": "../../etc/passwd"},
+        {"mark": "f" * 1000},
+    ],
+)
+def test_absurd_places_are_the_shells_to_refuse(absurd: dict[str, Any]) -> None:
+    """The core passes them on as they are; what is expected comes from the model and not from the peer."""
+    found = desk()
+    hand = found.join()
+    before = found.state()
+    hand.share(**absurd)
+    [wanted] = found.attaching
+    plan = chunks.plan(SMALL, "fp32")
+    assert (wanted.update_bytes, wanted.reply_bytes) == (plan.bytes, plan.bytes)
+    found.cannot_attach()
+    assert found.state() == before
+
+
+@pytest.mark.parametrize("field", ["process", "descriptor", "bytes"])
+@pytest.mark.parametrize("value", [-1, 1 << 53, 1.5, "1", None, True])
+def test_what_is_no_place_is_malformed(field: str, value: Any) -> None:
+    found = desk()
+    hand = found.join()
+    place = {"process": 1, "descriptor": 2, "bytes": 3, "mark": "00"} | {field: value}
+    hand.raw([bytes(frame) for frame in encode(Share(hand.session, hand.connection, Place(**place)))])
+    [fault] = hand.heard(Fault)
+    assert fault.code == "malformed"
+    assert not found.attaching
+
+
+def test_what_is_offered_twice_on_a_connection_counts_once() -> None:
+    """Or else a worker could have the server make memory without end, and lose sight of what it shares already."""
+    found = desk()
+    hand = found.join()
+    for _ in range(3):
+        hand.share()
+    assert len(found.attaching) == 1
+    given = found.attach()
+    hand.share(mark="01")
+    assert not found.attaching
+    [shared] = hand.heard(Shared)
+    assert shared.place is not None
+    ack = hand.push(1)
+    assert lies_in(found, given, ack)
+    hand.bye()
+    assert found.detached == [hand.peer]
+
+
+# Replies
+
+
+@pytest.mark.parametrize("rule", rules.names())
+@pytest.mark.parametrize(("codec", "reply_codec"), [("fp32", "fp32"), ("int8", "bf16")])
+@BOTH
+def test_replies_are_the_same_bytes_with_and_without_it(
+    rule: str, codec: str, reply_codec: str, layout: Layout
+) -> None:
+    """Under every rule; and those of a push whose worker has the center back lie in the memory."""
+    random = np.random.default_rng(3)
+    values = [random.normal(size=layout.elements).astype(np.float32) for _ in range(2)]
+    outcomes = []
+    for shares in (False, True):
+        found = desk(layout, rule=rule, codec=codec, reply_codec=reply_codec, lease_s=1000)
+        optimizer = Optimizer("SGD", 0.1, 0.9, 1, True, 0.0) if rule == "eamsgd" else PLAIN
+        hands = [found.join(name, optimizer=optimizer) for name in "ab"]
+        given = {}
+        for hand in hands if shares else []:
+            hand.share()
+            given[hand.peer] = found.attach()
+        if rule == "lsgd":
+            for hand in hands:
+                hand.report(0)
+        exchanged(found, hands, values)
+        shard = found.core.shard
+        assert shard is not None
+        said = [
+            [
+                (m.number if isinstance(m, Ack) else 0, m.version if isinstance(m, Ack) else m.reply.version, data)
+                for m, data in replies(found, hand)
+            ]
+            for hand in hands
+        ]
+        acks = [
+            [(m.number, m.outcome) for peer, m in found.sent if isinstance(m, Ack) and peer == h.peer] for h in hands
+        ]
+        outcomes.append((said, acks, shard.center.tobytes()))
+        whole = [m for _, m in found.sent if isinstance(m, Ack) and m.reply is not None and len(m.payload)]
+        if shares:
+            pushed = [m for hand in hands for m, _ in replies(found, hand) if isinstance(m, Ack)]
+            lying = [m for m in pushed if any(lies_in(found, memory, m) for memory in given.values())]
+            held = {(peer, m.number) for peer, m in found.sent if isinstance(m, Ack) and m.outcome == "held"}
+            assert len(lying) == len(pushed) - len(held), (
+                "all but those that were held lie in the memory, and come whole"
+            )
+            assert all(found.core.sessions[hand.session].memory is given[hand.peer] for hand in hands)
+        else:
+            assert layout is SMALL or not whole
+    assert outcomes[0] == outcomes[1]
+
+
+@BOTH
+@pytest.mark.parametrize("rule", ["downpour", "easgd"])
+def test_the_reply_is_written_where_the_worker_reads_it(rule: str, layout: Layout) -> None:
+    found = desk(layout, rule=rule)
+    hand, given = sharing(found)
+    assert (given == POISON).all(), "nothing before the first push"
+    ack = hand.push(1, 2.0)
+    plan = chunks.plan(layout, "fp32")
+    assert len(ack.payload) == plan.bytes
+    assert lies_in(found, given, ack)
+    assert bytes(ack.payload) == given.tobytes()
+    before = given.copy()
+    hand.pull("evaluate")
+    hand.pull("anchor")
+    assert (given == before).all(), "pulls are sent in messages"
+    hand.push(2, 5.0)
+    assert not (given == before).all()
+
+
+def test_what_is_sent_whole_frees_its_slot_when_it_was_handed_over() -> None:
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    for number in range(1, 40):
+        hand.push(number)
+        assert found.state()[2] == 0
+    assert len(found.core.downlink) == 0
+
+
+def test_more_asked_of_a_reply_that_came_whole_sends_nothing() -> None:
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    ack = hand.push(1)
+    hand.heard()
+    hand.more(ack.reply.id)
+    assert hand.heard() == []
+
+
+def test_held_pushes_are_answered_in_messages() -> None:
+    found = desk(LARGE, rule="local_sgd", workers=2)
+    (a, given), (b, _) = sharing(found, "a"), sharing(found, "b")
+    assert a.push(1, 1.0).outcome == "held"
+    assert (given == POISON).all()
+    b.push(1, 3.0)
+    assert (given == POISON).all(), "it was not pushing"
+    [ack] = [m for m in a.heard(Ack) if m.outcome == "applied"]
+    a.more(ack.reply.id)
+    last = replies(found, a)[-1]
+    assert last[0] is ack
+    assert set(np.frombuffer(last[1], np.float32)) == {2.0, 0.0}
+
+
+def test_a_refused_push_writes_nothing() -> None:
+    found = desk(LARGE)
+    hand, given = sharing(found)
+    value = np.ones(LARGE.elements, np.float32)
+    value[-1] = np.nan
+    before = found.state()
+    assert hand.push(1, value).code == "non_finite"
+    assert (given == POISON).all()
+    assert found.state() == before
+
+
+# Other connections
+
+
+@pytest.mark.parametrize("rule", ["downpour", "gem", "easgd"])
+@pytest.mark.parametrize("shares_again", [False, True])
+def test_connection_that_is_replaced_while_its_push_is_applied(rule: str, shares_again: bool) -> None:
+    """The kernels still write for the old one; the reply comes to the new one in chunks, from there, and is right."""
+    serial = Desk(LARGE, rule=rule)
+    alone = serial.join()
+    alone.push(1, 2.0)
+    expected = replies(serial, alone)[-1][1]
+
+    found = desk(LARGE, rule=rule, by_itself=True)
+    hand, old = sharing(found)
+    found.by_itself = False
+    for message in hand.pieces(1, 2.0):
+        hand.send(message)
+    assert len(found.jobs) == 1
+    again = hand.redial()
+    again.hello(resume=Resume(hand.session, 1, 0, hand.merged))
+    assert again.welcome.resumed == "live"
+    assert found.detached == [hand.peer]
+    new = None
+    if shares_again:
+        again.share()
+        new = found.attach()
+    found.by_itself = True
+    found.work()
+    [ack] = again.heard(Ack)
+    assert (ack.number, ack.outcome, len(ack.payload)) == (1, "applied", 0)
+    again.more(ack.reply.id)
+    assert replies(found, again)[-1][1] == expected
+    if new is not None:
+        assert (new == POISON).all(), "what was written for the old connection is not in the memory of the new"
+        second = again.push(2, 2.0)
+        assert lies_in(found, new, second)
+    elif rule != "easgd":
+        assert old.tobytes() == expected
+    assert found.detached == [hand.peer]
+    found.finish()
+    assert again.push(3, 1.0).outcome == "applied"
+    assert found.state()[2] == (rule == "easgd"), "one reply is owed, or none"
+
+
+def test_memory_that_is_there_only_when_the_job_runs_is_not_written_to() -> None:
+    found = desk(LARGE)
+    hand = found.join()
+    hand.share()
+    found.by_itself = False
+    for message in hand.pieces(1, 2.0):
+        hand.send(message)
+    given = found.attach()
+    found.by_itself = True
+    found.work()
+    [ack] = hand.heard(Ack)
+    assert len(ack.payload) == 0
+    hand.more(ack.reply.id)
+    assert set(np.frombuffer(replies(found, hand)[-1][1], np.float32)) == {2.0, 0.0}
+    assert (given == POISON).all()
+    assert lies_in(found, given, hand.push(2))
+
+
+@pytest.mark.parametrize("how", ["bye", "silence", "reconnect", "malformed", "bye while its push is applied"])
+def test_it_ends_once_with_its_connection(how: str) -> None:
+    found = desk(lease_s=10.0)
+    hand, _ = sharing(found)
+    other, _ = sharing(found, "other")
+    match how:
+        case "bye":
+            hand.bye()
+        case "silence":
+            for _ in range(3):
+                found.wait(4.0)
+                other.beat()
+        case "reconnect":
+            hand.resume(0)
+        case "malformed":
+            for _ in range(found.settings.malformed_in_a_row):
+                hand.raw([b"?"])
+        case _:
+            found.by_itself = False
+            for message in hand.pieces(1):
+                hand.send(message)
+            hand.bye()
+            assert found.detached == []
+            found.by_itself = True
+            found.finish()
+            assert any(isinstance(m, Ack) and m.number == 1 for m in hand.heard())
+    assert found.detached == [hand.peer]
+    if how != "reconnect":
+        assert found.core.sessions[hand.session].memory is None
+    hand.bye()
+    found.wait(3.0)
+    assert found.detached == [hand.peer]
+
+
+@pytest.mark.parametrize("how", ["bye", "silence", "reconnect", "reconnect on the same connection"])
+def test_memory_that_comes_too_late_is_given_up(how: str) -> None:
+    found = desk(lease_s=10.0)
+    hand = found.join()
+    hand.share()
+    match how:
+        case "bye":
+            hand.bye()
+        case "silence":
+            found.wait(20.0)
+        case "reconnect":
+            hand.resume(0)
+        case _:
+            hand.hello(resume=Resume(hand.session, 0, 0, 0))
+    assert found.detached == []
+    found.attach()
+    assert found.detached == [hand.peer]
+    assert not hand.heard(Shared)
+    assert all(session.memory is None for session in found.core.sessions.values())
+
+
+def test_word_that_it_failed_too_late_is_no_harm() -> None:
+    found = desk()
+    hand = found.join()
+    hand.share()
+    again = hand.resume(0)
+    again.share()
+    found.cannot_attach()
+    assert not again.heard(Shared)
+    given = found.attach()
+    assert lies_in(found, given, again.push(1))
+
+
+def test_memory_for_a_session_that_never_was() -> None:
+    found = desk()
+    found.event(Attached(b"nobody", "t9-9", 4, np.zeros(9, np.uint8), Place(1, 2, 9, "00")))
+    assert found.detached == [b"nobody"]
+
+
+def test_a_peer_that_cannot_be_written_to_gets_its_reply_on_the_next_connection() -> None:
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    found.by_itself = False
+    for message in hand.pieces(1, 2.0):
+        hand.send(message)
+    found.work()
+    found.event(Unsendable(hand.peer, "the memory that it lies in is no longer shared"))
+    found.finish()
+    found.by_itself = True
+    again = hand.resume(1)
+    again.push(1, 2.0)
+    assert set(np.frombuffer(replies(found, again)[-1][1], np.float32)) == {2.0, 0.0}
+    assert found.state()[2] == 0
+
+
+def test_a_server_that_stops_ends_it_with_the_process() -> None:
+    found = desk()
+    hand, _ = sharing(found)
+    found.event(Stop("enough"))
+    assert found.exited
+    assert hand.heard(Bye)
+
+
+# What is said of it
+
+
+def test_status_tells_who_shares() -> None:
+    found = desk()
+    sharing(found, "a")
+    found.join("b")
+    rows = {row["name"]: row["shares_memory"] for row in status.describe(found.core, found.now)["workers"]}
+    assert rows == {"a": True, "b": False}
+
+
+def test_the_memory_of_a_worker_is_part_of_the_sum() -> None:
+    """Where it can be: that of the replies, for the worker's own is its own."""
+    plan = chunks.plan(LARGE, "int8")
+    on, off = (desk(LARGE, reply_codec="int8", shared_memory=shared).settings for shared in (True, False))
+    assert memory.plan(on, LARGE).per_session == memory.plan(off, LARGE).per_session
+    for workers in (0, 1, 3):
+        assert memory.plan(on, LARGE).total(workers) - memory.plan(off, LARGE).total(workers) == workers * plan.bytes
+    saved = [memory.plan(s.model_copy(update={"directory": "d"}), LARGE).total(3) for s in (on, off)]
+    assert saved[0] - saved[1] == 3 * plan.bytes, "it is in no checkpoint"
+
+
+def test_welcome_after_a_lost_one_names_the_machine() -> None:
+    found = desk()
+    hand = found.join()
+    [*_, welcome] = [hand.hello(), *hand.heard(Welcome)]
+    assert welcome.settings["machine"] == HERE
+    assert not hand.heard(Grant)

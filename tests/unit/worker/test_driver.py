@@ -1,0 +1,281 @@
+"""The thread that carries a session, against a server played by hand on a real socket: its memory, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import shared, transports, wire
+from common.codecs.base import U8
+from common.layout import Layout, Tensor
+from common.messages import (
+    Ack,
+    Beat,
+    Begin,
+    Bye,
+    Chunk,
+    Grant,
+    Hello,
+    Message,
+    More,
+    Offer,
+    Pull,
+    Reply,
+    Scalars,
+    Share,
+    Shared,
+    Version,
+    Welcome,
+)
+from common.shared import Memory
+from tests.processes import until
+from tests.unit.worker.test_core import SETTINGS
+from worker import core
+from worker.core import WorkerCore
+from worker.driver import Driver
+
+LAYOUT = Layout((Tensor("w", (400, 1000), "float32", "parameter"),))
+"""Two chunks in fp32."""
+HERE = SETTINGS | {"machine": shared.MACHINE}
+PATIENCE_S = 20.0
+FIRST = Version(1, 0)
+
+
+class Server:
+    """Says what it is told to."""
+
+    def __init__(self) -> None:
+        self.end = transports.listen(["tcp://127.0.0.1:0"])
+        self.peer = b""
+        self.connection = 0
+        self.heard: list[tuple[bytes, Message]] = []
+
+    def hears(self, kind: type[Any]) -> Any:
+        """The next message of that kind; others but beats are an error. Its payload is what lies there now."""
+
+        def one() -> Any:
+            if (found := self.end.receive()) is None:
+                return None
+            return found[0], wire.decode(found[1])
+
+        while True:
+            peer, message = until(one, kind.__name__, PATIENCE_S)
+            self.heard.append((peer, message))
+            if isinstance(message, kind):
+                self.peer = peer
+                return message
+            assert isinstance(message, Beat), message
+
+    def said_by(self, peer: bytes) -> list[str]:
+        """What came on a connection, beats and all."""
+        return [type(message).__name__ for other, message in self.heard if other == peer]
+
+    def anchors(self, worker: Worker) -> None:
+        """The worker pulls, and is given a center, all zero."""
+        self.hears(Pull)
+        plan = worker.core.plan("fp32")
+        self.says(Offer("s", self.connection, "anchor", "", Reply(5, plan.bytes, "fp32", FIRST), False))
+        self.hears(More)
+        for index, chunk in enumerate(plan.chunks):
+            self.says(Chunk("s", self.connection, 5, index, bytes(chunk.size)))
+        worker.told(core.Fetched)
+
+    def says(self, *messages: Message) -> None:
+        for message in messages:
+            refusal = self.end.send(self.peer, wire.encode(message))
+            assert not refusal or isinstance(message, Bye), refusal
+
+    def welcomes(self, resumed: Any = "new") -> None:
+        """Hello is heard and answered: the weights are there."""
+        self.hears(Hello)
+        self.connection += 1
+        welcome = Welcome("s", self.connection, "w", FIRST, HERE, {}, "have", resumed, 0, "none", ())
+        self.says(welcome)
+
+
+class Worker:
+    """A driver, and a trainer's side of it."""
+
+    def __init__(self, address: str) -> None:
+        self.core = WorkerCore(name="w", instance="i", library="test", layout=LAYOUT, optimizer=None)
+        self.driver = Driver(self.core, address)
+
+    def told(self, kind: type[Any]) -> Any:
+        while True:
+            news = self.driver.news(PATIENCE_S)
+            assert news is not None, f"no {kind.__name__}"
+            if isinstance(news, kind):
+                return news
+
+
+@pytest.fixture
+def both() -> Iterator[tuple[Server, Worker]]:
+    """A server, and a worker that said Hello to it; in the end its thread is gone, and so is what it offered."""
+    server = Server()
+    worker = Worker(server.end.address)
+    yield server, worker
+    worker.driver.post(core.Leave("done"))
+    server.says(Bye("s", server.connection, "as you wish"))
+    worker.driver.close(PATIENCE_S)
+    assert not worker.driver._thread.is_alive()
+    server.end.close()
+    for _, message in server.heard:
+        if isinstance(message, Share):
+            with pytest.raises(shared.CannotAttach, match=r"opened|no such memory|mark"):
+                shared.attach(message.place, expect=message.place.bytes)
+
+
+def memories() -> set[str]:
+    """Descriptors of this process behind which lies such memory."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "memfd:paramserver" in os.readlink(f"/proc/self/fd/{number}"):
+                found.add(number)
+    return found
+
+
+def mapped() -> int:
+    """How often such memory is mapped by this process."""
+    return Path("/proc/self/maps").read_text().count("/memfd:paramserver")
+
+
+def joined(server: Server, worker: Worker) -> tuple[U8, Share]:
+    """Joined, anchored at zero, and with memory for updates that was offered: (the memory, Share)."""
+    server.welcomes()
+    worker.told(core.Joined)
+    server.anchors(worker)
+    data = worker.driver.staging(worker.core.plan("fp32").bytes, shared.MACHINE)
+    share = server.hears(Share)
+    return data, share
+
+
+def push(worker: Worker, data: U8, value: float) -> None:
+    """Have the worker push that everywhere."""
+    flat = np.full(LAYOUT.elements, value, np.float32)
+    worker.driver.push(flat, worker.core.plan("fp32"), data, Scalars(0.0, 1, 1, 0.1), FIRST, None)
+
+
+def test_updates_are_read_where_the_trainer_wrote_them(both: tuple[Server, Worker]) -> None:
+    server, worker = both
+    data, share = joined(server, worker)
+    plan = worker.core.plan("fp32")
+    theirs, mine = shared.attach(share.place, expect=plan.bytes), Memory.make(plan.bytes)
+    server.end.share(server.peer, mine, (bytes.fromhex(share.place.mark), theirs))
+    server.says(Shared("s", 1, mine.place, ""))
+    push(worker, data, 3.0)
+    begin = server.hears(Begin)
+    server.says(Grant("s", 1, begin.number, "go", 8, "", ""))
+    chunk = server.hears(Chunk)
+    lying = np.frombuffer(chunk.payload, np.uint8)
+    assert lying.size == plan.chunks[0].size
+    assert not lying.flags.writeable
+    assert set(lying.view(np.float32)) == {3.0}
+    data[:] = 0
+    assert not lying.any(), "it is no copy"
+
+    mine.data.view(np.float32)[:] = 9.0
+    reply = Reply(7, plan.bytes, "fp32", Version(1, 1))
+    ack = Ack("s", 1, begin.number, "applied", "", "", Version(1, 1), FIRST, 1.0, False, 1, reply, mine.data.data)
+    server.says(ack)
+    settled = worker.told(core.Settled)
+    assert set(settled.values) == {9.0}
+    mine.withdraw()
+
+    before = mapped()
+    server.says(Bye("s", 1, "enough"))
+    worker.told(core.Left)
+    worker.driver.close(PATIENCE_S)
+    assert mapped() == before - 1, "the worker lets go of what is the server's"
+
+
+@pytest.mark.parametrize("wrong", ["mark", "gone"])
+def test_what_cannot_be_attached_ends_the_connection_and_nothing_of_it_is_said_on_the_next(
+    both: tuple[Server, Worker], wrong: str
+) -> None:
+    """Or else the server would take the next one for an old one, and doubt would breed doubt."""
+    server, worker = both
+    data, share = joined(server, worker)
+    mine = Memory.make(share.place.bytes)
+    place = replace(mine.place, mark="00" * 16) if wrong == "mark" else replace(mine.place, process=1 << 50)
+    old = server.peer
+    worker.core._beat_due = 0.0  # with Shared, a beat is due
+    server.says(Shared("s", 1, place, ""))
+    server.welcomes("live")
+    assert server.peer != old
+    assert server.said_by(server.peer) == ["Hello"]
+    push(worker, data, 1.0)
+    server.hears(Begin)
+    assert "Share" not in server.said_by(server.peer)
+    assert {
+        message.connection for peer, message in server.heard if peer == server.peer and isinstance(message, Beat)
+    } <= {2}
+    mine.withdraw()
+
+
+def test_memory_that_is_asked_for_when_the_thread_has_ended_is_not_left_open() -> None:
+    """It may end between the word that the worker joined and the trainer's answer to it."""
+    before = memories()
+    server = Server()
+    worker = Worker(server.end.address)
+    server.welcomes()
+    worker.told(core.Joined)
+    server.hears(Pull)
+    server.says(Bye("s", 1, "enough"))
+    worker.driver.close(PATIENCE_S)
+    for _ in range(3):
+        data = worker.driver.staging(worker.core.plan("fp32").bytes, shared.MACHINE)
+        data[:] = 1
+        del data
+    assert memories() == before
+    server.end.close()
+
+
+def test_memory_that_is_replaced_is_withdrawn(both: tuple[Server, Worker]) -> None:
+    server, worker = both
+    _, first = joined(server, worker)
+    worker.driver.staging(first.place.bytes, shared.MACHINE)
+    second = server.hears(Share)
+    assert second.place.mark != first.place.mark
+    with pytest.raises(shared.CannotAttach):
+        shared.attach(first.place, expect=first.place.bytes)
+    shared.attach(second.place, expect=first.place.bytes)
+
+
+@pytest.mark.parametrize("machine", ["", "another"])
+def test_a_server_elsewhere_is_offered_none(both: tuple[Server, Worker], machine: str) -> None:
+    server, worker = both
+    before = memories()
+    server.welcomes()
+    worker.told(core.Joined)
+    data = worker.driver.staging(100, machine)
+    assert (data.shape, data.any()) == ((100,), False)
+    assert memories() == before
+
+
+def test_a_machine_without_memory_to_share_trains_as_ever(
+    both: tuple[Server, Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    server, worker = both
+    monkeypatch.setattr(os, "posix_fallocate", fails)
+    server.welcomes()
+    worker.told(core.Joined)
+    server.anchors(worker)
+    data = worker.driver.staging(worker.core.plan("fp32").bytes, shared.MACHINE)
+    assert "updates are sent in messages: " in caplog.text
+    assert "No space left" in caplog.text
+    push(worker, data, 3.0)
+    begin = server.hears(Begin)
+    server.says(Grant("s", 1, begin.number, "go", 8, "", ""))
+    assert set(np.frombuffer(server.hears(Chunk).payload, np.float32)) == {3.0}
