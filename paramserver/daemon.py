@@ -196,24 +196,25 @@ class Daemon:
         self._handle(Tick())
 
     def _readable(self) -> None:
-        """Take a batch of messages; the descriptor is edge-triggered, so come back until nothing is left."""
+        """Take a batch of messages; the descriptor is edge-triggered, and sending uses an edge up too: so come back until
+        nothing is left, and nothing was sent since."""
         for _ in range(BATCH_MESSAGES):
             if self._stopped.is_set():
                 return
-            message = self._endpoint.receive()
-            if message is None:
-                self._release()
+            if (message := self._endpoint.receive()) is not None:
+                self._handle(Received(*message))
+            elif not self._release():
                 return
-            self._handle(Received(*message))
-        self._release()
         self._loop.call_soon(self._readable)
 
-    def _release(self) -> None:
-        """Tell the core which buffers are free again; ask again soon while some are not."""
-        for hold in self._endpoint.released():
+    def _release(self) -> bool:
+        """Tell the core which buffers are free again, and whether there were any; ask again soon while some are not."""
+        released = self._endpoint.released()
+        for hold in released:
             self._handle(Released(hold))
         if self._endpoint.holding and self._release_timer is None and not self._stopped.is_set():
             self._release_timer = self._loop.call_later(RELEASE_POLL_S, self._release_again)
+        return bool(released)
 
     def _release_again(self) -> None:
         self._release_timer = None
