@@ -196,8 +196,8 @@ class Daemon:
         self._handle(Tick())
 
     def _readable(self) -> None:
-        """Take a batch of messages; the descriptor is edge-triggered, and sending uses an edge up too: so come back until
-        nothing is left, and nothing was sent since."""
+        """Take a batch of messages; the descriptor is edge-triggered, and sending uses an edge up too: so come back
+        until nothing is left, and nothing was sent since."""
         for _ in range(BATCH_MESSAGES):
             if self._stopped.is_set():
                 return
