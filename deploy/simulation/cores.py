@@ -29,7 +29,7 @@ from contextlib import suppress
 
 from common.errors import ParamserverError
 from deploy.nursery import Family
-from deploy.simulation.remote import Go, Life, Pipe, Said, Told
+from deploy.simulation.pipe import Go, Life, Pipe, Said, Told
 
 DESCRIPTORS_EACH = 6
 """Open ones of this process, for each worker."""
