@@ -8,7 +8,7 @@ from __future__ import annotations
 from benchmarks.harness import Benchmark
 from common import discovery
 
-HELPERS = ("harness", "simulated")
+HELPERS = ("harness", "players", "simulated")
 
 
 def names() -> tuple[str, ...]:

@@ -17,23 +17,26 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import signal
 import statistics
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import typer
 from matplotlib.figure import Figure
@@ -47,8 +50,16 @@ START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 60.0
 END_LIMIT_S = 5.0
 """A process that was told to end and has not is killed."""
+WIDE_COLUMNS = 200
+"""Of a table that nobody watches."""
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl.h."""
+PRELOADED = ("benchmarks.players",)
+"""Imported once, before processes are forked off: torch alone takes each process two seconds and 170 MB otherwise."""
+ENVIRONMENT = {"TORCH_CPP_LOG_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Of all processes. Without the first, each end of a connection of a peer reports the end of the other."""
+if sys.platform == "linux":  # or peers look for a network interface by the host's name, which may not resolve
+    ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
 LIBRARIES = ("torch", "numpy", "numba", "pyzmq", "uvloop", "msgpack")
 
 JsonFile = Annotated[
@@ -100,10 +111,15 @@ class Case(NamedTuple):
     """Bytes that one round carries, all directions together."""
     peer: bool
     open: Callable[[], AbstractContextManager[Competitor]]
+    needs_bytes: int = 0
+    """Memory of all its processes, about."""
 
 
 class Row(TypedDict):
-    """One line of the JSON. ratios: how many times the bytes per second of each peer, by medians."""
+    """One line of the JSON. ratios: how many times the bytes per second of each peer, by medians.
+
+    also: what this benchmark alone has to say, by name and unit.
+    """
 
     benchmark: str
     case: str
@@ -113,6 +129,7 @@ class Row(TypedDict):
     max_s: float
     gb_per_s: float
     ratios: dict[str, float]
+    also: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +156,13 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
     """Open all cases, let them take turns for `warmup` and then `rounds` rounds, verify each, close them."""
     seconds: list[list[float]] = [[] for _ in cases]
     with ExitStack() as stack:
-        competitors = [stack.enter_context(case.open()) for case in cases]
-        for competitor in competitors:
+        competitors: list[Competitor] = []
+        for case in cases:  # one after the other: dozens of processes that start together run into the limits of some
+            competitor = stack.enter_context(case.open())
+            stack.callback(_resume, competitor)
             with competitor.turn():
                 competitor.ready()
+            competitors.append(competitor)
         for turn in range(warmup + rounds):
             for taken, competitor in zip(seconds, competitors, strict=True):
                 with competitor.turn():
@@ -153,6 +173,39 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
             with competitor.turn():
                 competitor.verify()
     return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
+
+
+def _resume(competitor: Competitor) -> None:
+    """Who ends may have to say something to another."""
+    for process in competitor.processes:
+        process.resume()
+
+
+def groups(cases: Sequence[Case], room_bytes: int) -> list[list[Case]]:
+    """Cases that are open together: all, where there is room; else one at a time, each with the peers that fit too.
+
+    A case that does not fit alone is in none.
+    """
+    if sum(case.needs_bytes for case in cases) <= room_bytes:
+        return [list(cases)]
+    found = []
+    for one in [case for case in cases if not case.peer] or cases:
+        group, left = [one], room_bytes - one.needs_bytes
+        for peer in (case for case in cases if case.peer and case is not one):
+            if peer.needs_bytes <= left:
+                group.append(peer)
+                left -= peer.needs_bytes
+        if one.needs_bytes <= room_bytes:
+            found.append(group)
+    return found
+
+
+def free_bytes() -> int:
+    """Memory that this machine has to give."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise BenchmarkError("This system does not say how much memory is available.")
 
 
 def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
@@ -176,6 +229,35 @@ def rows(benchmark: str, results: Sequence[Result]) -> list[Row]:
     ]
 
 
+# Statistics
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of them do not exceed; raises BenchmarkError where there is none."""
+    if not values:
+        raise BenchmarkError("Nothing was measured: no exchange ended in its time.")
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def jain(rates: Sequence[float]) -> float:
+    """Jain's index of fairness: 1 where all rates are equal, 1 / n where one of n has everything."""
+    squares = sum(rate * rate for rate in rates)
+    return sum(rates) ** 2 / (len(rates) * squares) if squares else 0.0
+
+
+def window(exchange: Callable[[], None], window_s: float) -> list[float]:
+    """The seconds of each exchange, one after the other, begun within so long; of one at least."""
+    taken: list[float] = []
+    now = time.perf_counter()
+    end = now + window_s
+    while now < end or not taken:
+        started = now
+        exchange()
+        now = time.perf_counter()
+        taken.append(now - started)
+    return taken
+
+
 # Reporting
 
 
@@ -185,21 +267,28 @@ def report(
     settings: dict[str, Any],
     json_file: Path | None,
     found: Sequence[Row] | None = None,
+    *,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it.
 
-    found: the rows, where the results are not all of one run of `measure`.
+    found: the rows, where the results are not all of one run of `measure`. more: what else the file is to hold.
     """
     found, about = rows(benchmark, results) if found is None else found, machine()
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDE_COLUMNS
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
-    console.print(times(found))
-    console.print(ratios(found))
+    for _, rows_of_a_kind in groupby(found, lambda row: tuple(row.get("also", {}))):
+        console.print(times(list(rows_of_a_kind)))
+    if any(row["ratios"] for row in found):
+        console.print(ratios(found))
     if json_file is None:
         return
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    json_file.write_text(json.dumps({"machine": about, "settings": settings, "rows": found}, indent=2) + "\n")
+    written = {"machine": about, "settings": settings, "rows": found} | (more or {})
+    json_file.write_text(json.dumps(written, indent=2) + "\n")
     picture_file = json_file.with_suffix(".png")
     picture(results, picture_file, title=f"{benchmark}: {about['cpu']}, {about['cores']} cores")
     console.print(f"Written: {json_file}, {picture_file}", highlight=False)
@@ -220,24 +309,38 @@ def machine() -> dict[str, str]:
 
 def times(found: Sequence[Row]) -> Table:
     """The rows for a terminal."""
-    shown = _table("case", "MB", "median ms", "min", "max", "GB/s")
+    more = list(dict.fromkeys(name for row in found for name in row.get("also", {})))
+    shown = _table("case", "MB", "median ms", "min", "max", "GB/s", *(name.replace("_", " ") for name in more))
     for row in found:
-        spent = (f"{1e3 * row[key]:.1f}" for key in ("median_s", "min_s", "max_s"))
-        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *spent, f"{row['gb_per_s']:.2f}")
+        spent = (_ms(row[key]) for key in ("median_s", "min_s", "max_s"))
+        also = row.get("also", {})
+        figures = (f"{also[name]:.4g}" if name in also else "" for name in more)
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *spent, f"{row['gb_per_s']:.2f}", *figures)
     return shown
 
 
+def _ms(seconds: float) -> str:
+    """In ms, to a thousandth of what is short."""
+    return f"{1e3 * seconds:.{1 if seconds >= 0.01 else 3}f}"
+
+
 def ratios(found: Sequence[Row]) -> Table:
-    """A column for each peer: how many times as fast as it, in bytes per second, by medians."""
-    peers = list(dict.fromkeys(name for row in found for name in row["ratios"]))
-    shown = _table("times as fast as", *peers)
+    """A column for each peer: how many times as fast as it, in bytes per second, by medians.
+
+    What stands in brackets at the end of a name, such as the number of workers, is the same in row and column.
+    """
+    peers = list(dict.fromkeys(name.partition(" (")[0] for row in found for name in row["ratios"]))
+    shown = _table("times as fast as", "MB", *peers)
     for row in found:
-        shown.add_row(row["case"], *(f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in peers))
+        by_peer = {name.partition(" (")[0]: ratio for name, ratio in row["ratios"].items()}
+        figures = (f"{by_peer[name]:.2f}" if name in by_peer else "" for name in peers)
+        shown.add_row(row["case"], f"{row['size_bytes'] / 1e6:g}", *figures)
     return shown
 
 
 def _table(first: str, *others: str) -> Table:
     shown = Table(first, *others, box=None, header_style="bold")
+    shown.columns[0].no_wrap = True
     for column in shown.columns[1:]:
         column.justify = "right"
     return shown
@@ -319,6 +422,12 @@ class Child:
         self._process = process
         self._line = line
 
+    @property
+    def pid(self) -> int:
+        """Its process, which has started."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def suspend(self) -> None:
         """Stop it where it stands; the system ends a stopped process, too, when the benchmark is gone."""
         self._signal(signal.SIGSTOP)
@@ -327,9 +436,15 @@ class Child:
         """Let it go on."""
         self._signal(signal.SIGCONT)
 
+    def dismiss(self) -> None:
+        """Have it end, and do not wait for that; leaving its block does."""
+        self.resume()
+        self._line.close()
+
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None and self._process.is_alive():
-            os.kill(self._process.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._process.pid, number)
 
     def hear(self, limit_s: float) -> Any:
         """The next answer; raises BenchmarkError where there is none in time, or it is a failure."""
@@ -358,7 +473,10 @@ class Child:
 @contextmanager
 def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[Child]:
     """A fresh process that runs `target(link, *arguments)`; it is gone when the block is left."""
-    context = get_context("spawn")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
     here, there = context.Pipe()
     process = context.Process(target=_run, args=(there, target, arguments), name=name, daemon=True)
     try:
@@ -381,6 +499,18 @@ def child(name: str, target: Callable[..., None], *arguments: Any) -> Iterator[C
 
 
 @contextmanager
+def children(made: Iterable[AbstractContextManager[Child]]) -> Iterator[list[Child]]:
+    """Several, which end at the same time: each may have to say something to another on its way out."""
+    with ExitStack() as stack:
+        started = [stack.enter_context(one) for one in made]
+        try:
+            yield started
+        finally:
+            for one in started:
+                one.dismiss()
+
+
+@contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
     """Ctrl-C reaches every process of a terminal; a child inherits that it ignores it, for the benchmark ends it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -391,9 +521,16 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def answer_rounds(
-    link: Link, exchange: Callable[[], None], check: Callable[[int], None], verify: Callable[[int], None]
+    link: Link,
+    exchange: Callable[[], None],
+    check: Callable[[int], None],
+    verify: Callable[[int], None],
+    times: int = 1,
 ) -> None:
-    """The loop of a competitor's child: time exchanges. check(k) after round k and verify(k) at the end raise."""
+    """The loop of a competitor's child: the seconds of one exchange, of `times` in each round.
+
+    check(k) after the round that ends with exchange k, and verify(k) at the end, raise.
+    """
     link.answer("ready")
     done = 0
     for request in link.requests():
@@ -402,11 +539,12 @@ def answer_rounds(
             link.answer("right")
             continue
         started = time.perf_counter()
-        exchange()
+        for _ in range(times):
+            exchange()
         spent = time.perf_counter() - started
-        done += 1
+        done += times
         check(done)
-        link.answer(spent)
+        link.answer(spent / times)
 
 
 def competitor(of: Child, *others: Child, first: Callable[[], None] = lambda: None) -> Competitor:

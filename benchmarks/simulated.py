@@ -40,8 +40,6 @@ from benchmarks.harness import BenchmarkError
 LAST_STEPS = 30
 """The final training loss of a worker is its mean over so many."""
 POLL_S = 0.2
-WIDE_COLUMNS = 160
-"""Of a table that nobody watches."""
 DIVERGED = "Training diverged"
 
 Data = Annotated[Path, typer.Option("--data", help="Folder of data sets.")]
@@ -117,7 +115,7 @@ def report(
     """Print machine, settings and table; with a file, write `{machine, settings, rows}` and the picture beside it."""
     about, console = harness.machine(), Console()
     if not console.is_terminal:
-        console.width = WIDE_COLUMNS
+        console.width = harness.WIDE_COLUMNS
     console.print(", ".join(f"{name} {value}" for name, value in about.items()), style="dim", highlight=False)
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim", highlight=False)
     table = Table(*rows[0], box=None, header_style="bold")

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import codecs
+from common.codecs import draws
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
 from common.errors import CodecError
 from common.layout import Layout
@@ -63,10 +64,24 @@ class Plan(NamedTuple):
     chunks: tuple[Chunk, ...]
     bytes: int
 
-    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None) -> None:
-        """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity."""
+    @property
+    def remembers(self) -> bool:
+        """Whether the sender feeds back what encoding loses."""
+        return codecs.load(self.codec).remembers
+
+    def pieces(self, data: U8) -> Iterator[tuple[Codec, int, int, U8]]:
+        """(codec, first element, last element, encoded bytes) of every block of parameters. data: (bytes,)."""
+        for block in self.blocks[: self.parameter_blocks]:
+            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+            yield block.codec, block.first, block.last, data[block.offset : end]
+
+    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
+        """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity.
+
+        key: of this push, where a codec rounds at random (`draws.of_push`).
+        """
         for block in _joined(self.blocks[first:last]):
-            self.encode_block(block, flat[block.first : block.last], data)
+            self.encode_block(block, flat[block.first : block.last], data, key)
 
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
@@ -115,10 +130,12 @@ class Plan(NamedTuple):
             self.decode_block(block, data, flat[block.first : block.last])
 
     @staticmethod
-    def encode_block(block: Block, x: F32, data: U8) -> None:
+    def encode_block(block: Block, x: F32, data: U8, key: int = 0) -> None:
         """data: (bytes,) <- x: (elements of the block,). Raises CodecError for NaN or infinity."""
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-        block.codec.encode(x, data[block.offset : end])
+        block.codec.encode(
+            x, data[block.offset : end], draws.of_block(key, block.first) if block.codec.stochastic else 0
+        )
         data[end : block.offset + block.size] = 0
 
     @staticmethod
@@ -126,6 +143,13 @@ class Plan(NamedTuple):
         """out: (elements of the block,) <- checked data: (bytes,)."""
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
         block.codec.decode(data[block.offset : end], out)
+
+    @staticmethod
+    def add_block(block: Block, data: U8, c: F32, weight: np.float32) -> None:
+        """c: (elements of the block,) += weight x the values of a block of checked `data`, whose codec can."""
+        assert block.codec.add is not None
+        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+        block.codec.add(data[block.offset : end], c, weight)
 
     @staticmethod
     def values(block: Block, data: U8, scratch: F32) -> F32:
@@ -158,7 +182,7 @@ def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1)
             blocks.append(Block(section_codec, first, last, offset, size))
             offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
-    return Plan(codec_name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+    return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
 
 
 def _joined(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -167,7 +191,7 @@ def _joined(blocks: Sequence[Block]) -> Iterator[Block]:
     for block in blocks:
         if run is None:
             run = block
-        elif run.codec is block.codec and block.codec.seamless and not run.padded:
+        elif run.codec is block.codec and block.codec.seamless and not block.codec.stochastic and not run.padded:
             run = run._replace(last=block.last, size=run.size + block.size)
         else:
             yield run

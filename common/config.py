@@ -41,8 +41,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from common import codecs, discovery, rules
+from common.codecs.base import Codec
 from common.errors import ConfigError
-from common.rules.base import Config, Terms
+from common.rules.base import Config, Rule, Terms
 
 T = TypeVar("T")
 
@@ -98,6 +99,48 @@ RuleName = Annotated[str, AfterValidator(lambda name: _carry(rules.load, name).n
 CodecName = Annotated[str, AfterValidator(lambda name: _carry(codecs.load, name).name)]
 
 
+def _for_replies(name: str) -> str:
+    if not codecs.load(name).carries_parameters:
+        fit = [one for one in codecs.names() if codecs.load(one).carries_parameters]
+        raise _no(
+            f"Codec '{name}' cannot carry replies, which are the center itself, each complete in itself.",
+            fix=f"Those that can: {', '.join(fit)}.",
+        )
+    return name
+
+
+ReplyCodecName = Annotated[CodecName, AfterValidator(_for_replies)]
+
+
+def _codec_refusal(rule: Rule, codec: Codec) -> ConfigError | None:
+    """Why updates of this rule do not travel in this codec."""
+    bare = codec.name.removeprefix("ef:")
+    if rule.schedules and not codec.carries_parameters:
+        return ConfigError(
+            f"Rule '{rule.name}' uploads parameters as they are, which codec '{codec.name}' cannot carry.",
+            fix="Use fp32, fp16, bf16 or int8.",
+        )
+    if rule.track is not None and codec.remembers:
+        plain = codecs.load(bare if codec.feedback == "optional" else f"plain:{bare}")
+        return ConfigError(
+            f"Rule '{rule.name}' pushes the difference to what the server knows of a worker, which holds all that was "
+            f"lost: with the feedback of codec '{codec.name}' it would be counted twice.",
+            fix=f"Use {plain.name if plain.contraction else 'another codec'}.",
+        )
+    if rule.track is not None and codec.contraction is None:
+        return ConfigError(
+            f"Rule '{rule.name}' pushes the difference to what the server knows of a worker, which codec "
+            f"'{codec.name}' may enlarge.",
+            fix="Use a codec with smaller groups or more levels, or another one.",
+        )
+    if rule.track is None and codec.feedback == "always" and not codec.remembers:
+        return ConfigError(
+            f"Codec '{codec.name}' loses most of an update, and under rule '{rule.name}' nothing brings it back.",
+            fix=f"Use {codec.name.removeprefix('plain:')}, which feeds back what is lost.",
+        )
+    return None
+
+
 class Settings(BaseModel):
     """Frozen settings; however they are made, a value that is not allowed raises ConfigError, in our words."""
 
@@ -142,7 +185,7 @@ class ServerSettings(Settings):
     rule: RuleName = Field(default="downpour", description="update rule; `paramserver rules` lists them")
     rule_settings: dict[str, bool | int | float | str] = Field(default={}, description="settings of the rule")
     codec: CodecName = Field(default="fp32", description="encoding of updates, worker to server")
-    reply_codec: CodecName = Field(default="fp32", description="encoding of the center, server to worker")
+    reply_codec: ReplyCodecName = Field(default="fp32", description="encoding of the center, server to worker")
     local_steps: int = Field(default=1, ge=1, le=1_000_000, description="optimizer steps a worker takes between pushes")
     local_steps_by: Literal["fixed", "speed", "diversity"] = Field(
         default="fixed",
@@ -271,6 +314,8 @@ class ServerSettings(Settings):
         terms = _terms(known | {"max_clock_gap": value})
         if refusal := rule.fits(rules.configure(rule, known["rule_settings"]), terms):
             raise _no(refusal, fix=f"`paramserver rules {rule.name}` tells its settings.")
+        if misfit := _codec_refusal(rule, codecs.load(known["codec"])):
+            raise ValueError(misfit)
         if (rule.schedules or rule.rounds) and known["lag_weight"] != "none":
             raise _no(
                 f"lag_weight '{known['lag_weight']}' does not go with rule '{rule.name}', whose updates have no lag.",

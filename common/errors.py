@@ -20,7 +20,7 @@ Laws
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Code(StrEnum):
@@ -74,6 +74,10 @@ class ParamserverError(Exception):
 
     def __str__(self) -> str:
         return f"{self.sentence} {self.fix}".rstrip()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied as it is, whatever its type asks of those who make one."""
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 class UsageError(ParamserverError):

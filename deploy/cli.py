@@ -251,7 +251,10 @@ def simulate(
     config: Path | None = CONFIG,
     **flags: Any,
 ) -> None:
-    """Run a server and its workers in virtual time, in one process, and report: one seed, one result, bit for bit."""
+    """Run a server and its workers in virtual time, and report: one seed, one result, bit for bit."""
+    from deploy import nursery
+
+    nursery.start()  # it imports what workers need while this process does the same
     loaded = load("ServerSettings", config, flags)
     if loaded.settings.arrivals:
         raise ConfigError(
@@ -385,20 +388,30 @@ def rules(
 
 
 @app.command()
-def codecs(as_json: bool = JSON) -> None:
-    """List the codecs, which encode updates and replies."""
+def codecs(
+    name: str | None = typer.Argument(None, help="only this one, such as int8 or topk:0.05", show_default=False),
+    as_json: bool = JSON,
+) -> None:
+    """List the codecs, which encode updates and replies, and when to use which."""
     from common import codecs
 
-    found = [codecs.load(name) for name in codecs.names()]
+    found = [codecs.load(one) for one in ([name] if name else codecs.names())]
     _list(
         [
             {
                 "name": codec.name,
                 "summary": codec.summary,
-                "paper": codec.paper,
+                "when": codec.when,
                 "bytes_per_element": codec.bytes_per_element,
                 "lossless": codec.lossless,
                 "unbiased": codec.unbiased,
+                "feedback": codec.feedback,
+                "replies": codec.carries_parameters,
+                "parameters": [
+                    {"name": one.name, "default": one.write(one.default), "description": one.meaning}
+                    for one in codec.parameters
+                ],
+                "paper": codec.paper,
             }
             for codec in found
         ],

@@ -212,11 +212,13 @@ def status_view(address: str, found: Mapping[str, Any]) -> RenderableType:
     by = "" if found["local_steps_by"] == "fixed" else f" by {found['local_steps_by']}"
     codecs = f"{found['codec']} up and {found['reply_codec']} down"
     rule = f"{found['rule']}, {found['local_steps']} local steps{by}, {codecs}"
+    sharing = sum(w["shares_memory"] for w in found["workers"])
+    shared = f", shared with {sharing} of {len(found['workers'])}" if sharing else ""
     durable = "none" if found["durable"] == "0.0" else found["durable"]
     lines = [
         f"[bold]{escape(address)}[/]: {escape(found['phase'])}"
         + (f", {escape(found['finished'])}" if found["finished"] else ""),
-        f"{escape(rule)}; {found['parameters']:,} parameters, {size(found['memory_bytes'])}",
+        f"{escape(rule)}; {found['parameters']:,} parameters, {size(found['memory_bytes'])}{shared}",
         f"version {found['epoch']}.{found['version']}, on the disk {durable}; {found['updates']:,} updates "
         f"({found['updates_per_s']:,.1f}/s), {found['samples']:,} samples ({found['samples_per_s']:,.0f}/s), "
         f"{100 * found['budget_used']:.0f} % of the budget",

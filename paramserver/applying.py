@@ -11,7 +11,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,7 @@ class _Push:
     answer: Answer | None = None
     late: bool = False
     memory: U8 | None = None
-    """Shared with its worker when the reply was encoded, which lies in it."""
-    reply: U8 = field(default_factory=lambda: np.zeros(0, np.uint8))
-    """Where the reply was encoded."""
+    """Shared with its worker when its turn came: the reply lies there. None: it lies in the slot."""
 
 
 class Applying:
@@ -108,9 +106,8 @@ class Applying:
         session.answered_connection = session.connection
         self._out.tell(session, self.answer(session))
 
-    def send_owed(self, session: Session, data: U8 | None = None, *, shared: bool = False) -> None:
-        """The very same reply once more. data: its bytes, where they are not in its slot; `shared`: the worker reads
-        them there."""
+    def send_owed(self, session: Session) -> None:
+        """The very same reply, once more or for the first time."""
         owed = session.owed
         assert owed is not None
         owed.readers += 1
@@ -125,14 +122,14 @@ class Applying:
         self._out.add(
             self._downlink.offer(
                 announce,
-                (owed.slot.reply if data is None else data)[: plan.bytes],
+                owed.reply[: plan.bytes],
                 plan,
                 owed.version,
                 (session.token, session.connection, session.peer),
                 owed.read,
                 now=self._state.now,
                 of_push=True,
-                whole=shared,
+                whole=owed.reply is session.memory,
             )
         )
 
@@ -171,21 +168,15 @@ class Applying:
         push.answer = reply_to(session.worker, effects)
         if push.answer is not None and state.too_far_ahead(session):
             push.answer, push.late = None, True
-        push.memory, push.reply = session.memory, slot.reply
-        copy = None
-        if push.memory is not None:
-            # what the worker might write to must not be read again here, nor be asked for when its connection is gone
-            copied = state.rule.lost_reply == "resend" or any(isinstance(effect, Exchange) for effect in effects)
-            push.reply, copy = (slot.reply, push.memory) if copied else (push.memory, None)
+        push.memory = session.memory
         return shard.push_work(
             facts.fragment,
             slot.update,
             session.arrays,
             push.effects,
             push.answer,
-            push.reply,
+            slot.reply if push.memory is None else push.memory,
             self._buffers(session, facts.fragment),
-            copy,
         )
 
     def _finish(self, push: _Push, uplink: Uplink, results: Sequence[bool]) -> None:
@@ -232,11 +223,12 @@ class Applying:
             self._out.tell(session, self.answer(session))
         else:
             version = before if push.answer is not None and push.answer.what == "before" else shard.version
-            session.owed = Owed(slot, version, lambda: uplink.give(slot))
-            if push.memory is not None and push.memory is session.memory:
-                self.send_owed(session, push.memory, shared=True)
-            else:  # the connection that shared it is gone
-                self.send_owed(session, push.reply)
+            if push.memory is None:
+                session.owed = Owed(slot.reply, slot, version, uplink.give)
+            else:
+                session.owed = Owed(push.memory, None, version, uplink.give)
+                uplink.give(slot)
+            self.send_owed(session)
             if state.rule.lost_reply == "reanchor":
                 session.owed.settle()
                 session.owed = None

@@ -500,7 +500,7 @@ class ServerCore:
         slots = self.state.model.slots
         slots.validate()
         self.state.model.snapshots.validate()
-        owed = [s.owed.slot.index for s in self.sessions.values() if s.owed]
+        owed = [s.owed.slot.index for s in self.sessions.values() if s.owed and s.owed.slot]
         held = [s.transfer.slot.index for s in self.sessions.values() if s.transfer and s.transfer.slot] + owed
         assert len(held) == len(set(held)), "a slot has two owners"
         assert len(held) <= slots.taken <= len(held) + len(self.downlink), (

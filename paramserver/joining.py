@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from common import codecs
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
 from common.messages import Fault, Hello, Scalar, Welcome
@@ -97,6 +98,7 @@ class Joining:
             "rule": s.rule,
             "codec": s.codec,
             "reply_codec": s.reply_codec,
+            "seed": s.seed,
             "local_steps": state.local_steps_of(session),
             "overlap": s.overlap,
             "diversity_every_steps": s.diversity_every_steps,
@@ -251,7 +253,7 @@ class Joining:
         if hello.role == "observer" and not hello.elements:
             return None
         for codec in (state.settings.codec, state.settings.reply_codec):
-            if codec not in hello.codecs:
+            if not set(codecs.words(codec)) <= set(hello.codecs):
                 raise PeerError(
                     Code.UNKNOWN_CODEC,
                     f"The server uses codec '{codec}', which this worker does not know.",

@@ -1,8 +1,7 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
-center + rule state + sessions x (rule, buffers, shared memory) + pool (slots, snapshots) + checkpoint shadow
-
-A worker's own memory, which the server only reads, is the worker's.
+center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
++ workers of this machine x (their updates, our replies) that lie in memory shared with them
 """
 
 from __future__ import annotations
@@ -26,28 +25,27 @@ class MemoryPlan(NamedTuple):
     per_session: int
     arrays: int
     """Of that, what the rule keeps."""
-    shared: int
-    """Of each worker on this machine, what its replies lie in; nobody knows before who that will be."""
     slots: int
     per_slot: int
     snapshots: int
     pool: int
+    shared: int
+    """Of each worker with which memory is shared: its own that is mapped, and that of its replies."""
     saved: bool
     """Whether there is a checkpoint shadow: a second copy of center, rule state and sessions."""
 
-    def total(self, sessions: int) -> int:
-        """Bytes with that many workers."""
+    def total(self, sessions: int, sharing: int = 0) -> int:
+        """Bytes with that many workers, of which so many share memory with the server."""
         state = self.center + self.rule_state + sessions * self.per_session
-        return state * (2 if self.saved else 1) + sessions * self.shared + self.pool
+        return state * (2 if self.saved else 1) + self.pool + sharing * self.shared
 
     def sentence(self, sessions: int) -> str:
         """The sum in words, for `serve`."""
         shadow = " twice, for checkpoints," if self.saved else ""
-        shared = f" + {sessions} x {_mib(self.shared)} shared" if self.shared else ""
         return (
             f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
-            f"{_mib(self.per_session)}{shadow}{shared} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
-            f"{_mib(self.total(sessions))}."
+            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
+            f"{_mib(self.total(sessions))}; {_mib(self.shared)} more for each that shares memory."
         )
 
 
@@ -65,11 +63,11 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
-        shared=down.bytes if settings.shared_memory and not settings.arrivals else 0,
         slots=count,
         per_slot=up.bytes + down.bytes,
         snapshots=snapshots,
         pool=count * (up.bytes + down.bytes) + snapshots,
+        shared=up.bytes + down.bytes,
         saved=settings.directory is not None,
     )
 
@@ -81,9 +79,8 @@ def before_the_model(settings: ServerSettings) -> str:
     vectors = 1 + _vectors(rule.state(config, settings.overlap, 1, "float32"))
     arrays = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     shadow = "2 x " if settings.directory else ""
-    shared = " + a reply for each worker on this machine" if settings.shared_memory and not settings.arrivals else ""
     return (
-        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{shared}"
+        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes"
         f" + a pool of at most {settings.pool_mib} MiB for transfers."
     )
 

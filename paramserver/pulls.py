@@ -1,7 +1,8 @@
 """Whoever wants the center: to look at it, to go on from it, or because a reply was lost. Pure.
 
 Laws
-* Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait.
+* Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait. A late reply to a push
+  is encoded into the memory that its worker shares, where there is any.
 * Of one session, at most one request of a kind waits. A pull that anchors and comes twice is answered once.
 * Only a pull that anchors, and a reply that comes later than its push, tell the rule anything: what its worker goes on
   from (GEM: s <- c). Pulls to evaluate never do.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+from common.codecs.base import U8
 from common.errors import Code, PeerError
 from common.messages import Message, Offer, Pull, Reply
 from paramserver.applying import Applying
@@ -153,7 +155,7 @@ class Pulls:
             if self._state.diverged:
                 self._give_up(request)
                 continue
-            snapshot = None if self._tells_the_rule(request) else self._state.model.snapshots.of(self._moment(request))
+            snapshot = self._published(request)
             if snapshot is not None:
                 self._send(request, snapshot)
                 continue
@@ -161,6 +163,16 @@ class Pulls:
             if not request.scheduled:
                 request.scheduled = True
                 self._schedule(request)
+
+    def _published(self, request: _Request) -> Snapshot | None:
+        """What it can be given without a kernel."""
+        if self._tells_the_rule(request) or self._memory(request) is not None:
+            return None
+        return self._state.hosted.snapshots.of(self._moment(request))
+
+    def _memory(self, request: _Request) -> U8 | None:
+        """Shared with its worker, which waits for the reply to its push: only that may lie there."""
+        return request.session.memory if request.kind == "reply" else None
 
     def _tells_the_rule(self, request: _Request) -> bool:
         """Whether a kernel of the rule runs when it is served; anchoring also changes the session."""
@@ -185,12 +197,12 @@ class Pulls:
 
     def _start(self, request: _Request, target: list[Snapshot]) -> Work | None:
         """The work that encodes what `request` is given; None where it is served, gone, or must wait for a buffer."""
-        shard, snapshots = self._state.hosted.shard, self._state.hosted.snapshots
+        shard = self._state.hosted.shard
         told = self._tells_the_rule(request)
-        served_by_another = not told and snapshots.of(self._moment(request)) is not None
-        if request not in self._waiting or not request.alive or served_by_another:
+        if request not in self._waiting or not request.alive or self._published(request) is not None:
             return None
-        snapshot = snapshots.begin()
+        memory = self._memory(request)
+        snapshot = self._state.hosted.snapshots.begin() if memory is None else Snapshot(memory)
         if snapshot is None:
             return None
         session = request.session
@@ -208,7 +220,10 @@ class Pulls:
             self._deciding.diverge(request.session.worker)
             self._give_up(request)
             return
-        self._state.hosted.snapshots.publish(snapshot, self._moment(request), self._state.version)
+        if snapshot in self._state.hosted.snapshots:
+            self._state.hosted.snapshots.publish(snapshot, self._moment(request), self._state.version)
+        else:
+            snapshot.version = self._state.version
         if request.how == "anchor" and request.alive:
             request.session.anchored = True
             request.session.go_on()  # from here, not from the reply it was owed
@@ -246,5 +261,6 @@ class Pulls:
                 done,
                 now=self._state.now,
                 of_push=request.kind == "reply",
+                whole=snapshot.data is session.memory,
             )
         )

@@ -63,14 +63,16 @@ class Transfer:
 
 @dataclass(slots=True)
 class Owed:
-    """A reply that may have to be sent again: its bytes stay in their slot until the worker goes on from it.
+    """A reply that may have to be sent again: its bytes stay where they are until the worker goes on from it.
 
     `readers`: announcements of it that the transport may still read; `give` frees the slot.
     """
 
-    slot: Slot
+    reply: U8
+    slot: Slot | None
+    """Where the reply lies; None: in memory shared on the connection that it was made for."""
     version: Version
-    give: Callable[[], None]
+    give: Callable[[Slot], None]
     readers: int = 0
     settled: bool = False
     replies: set[int] = field(default_factory=set)
@@ -87,8 +89,8 @@ class Owed:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self.settled and self.readers == 0:
-            self.give()
+        if self.settled and self.readers == 0 and self.slot is not None:
+            self.give(self.slot)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ Laws
 * `version` counts changes of the center. An update is applied whole: between two jobs the center is one version.
 * Work is handed out as functions over a range of blocks; ranges of one job may run on any threads at once, because
   blocks are disjoint. The shard never runs two jobs at once; the core sees to that.
+* Where an update is only added, it is decoded in the pass that adds it: nothing lies in between.
 * A reply is encoded in the same pass that applies the update, while the block is in cache.
 * A part of a job reports whether what it wrote is finite: training that diverges is noticed at the version where it
   happens.
@@ -25,7 +26,19 @@ from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
 from common.messages import Version
-from common.rules.base import Arrays, Config, Effect, Exchange, Reply, Rule, Terms, changes_center, perform
+from common.rules.base import (
+    Apply,
+    Arrays,
+    Config,
+    Effect,
+    Exchange,
+    Reply,
+    Rule,
+    Terms,
+    add_update,
+    changes_center,
+    perform,
+)
 
 
 class Work(NamedTuple):
@@ -123,31 +136,34 @@ class Shard:
         reply: Reply | None,
         out: U8,
         buffers: Sequence[F32],
-        copy: U8 | None = None,
     ) -> Work:
         """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
         update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
         float32 each, the last values of all members, the first of them this worker's own, which is written here; none
-        where the center's buffers stay as they are; copy: as long as `out`, gets the same bytes.
+        where the center's buffers stay as they are.
         """
         up, down = self.ups[fragment], self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
+        added = _only_added(self.rule, effects)
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
             made = np.empty(scratch.size, np.float32) if exchange is not None else scratch
             for index in range(first, last):
                 block = up.blocks[index]
-                d = up.values(block, update, scratch)
+                at_once = added is not None and block.codec.add is not None and index < up.parameter_blocks
+                d = scratch if at_once else up.values(block, update, scratch)
                 if reply is not None and reply.what == "before":
                     finite &= self._encode(down, out, index, CENTER)
                 if index >= up.parameter_blocks:
                     self._average(block.first, block.last, d, buffers)
                     if exchange is not None:
                         finite &= self._encode(down, out, index, CENTER)
+                elif at_once and added is not None:
+                    up.add_block(block, update, self.center[block.first : block.last], added)
                 else:
                     part = slice(block.first, block.last)
                     c, state, kept = self.center[part], _part(self.state, part), _part(session, part)
@@ -156,9 +172,6 @@ class Shard:
                         finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out)
                 if source is not None:
                     finite &= self._encode(down, out, index, source)
-                if copy is not None:
-                    encoded = slice(down.blocks[index].offset, down.blocks[index].offset + down.blocks[index].size)
-                    copy[encoded] = out[encoded]
                 if unseen:  # no encoder looks at what was written
                     finite &= bool(np.isfinite(self.center[block.first : block.last]).all())
             return finite
@@ -274,6 +287,14 @@ class Shard:
         assert len(self.down.blocks) == len(self.exact.blocks)
         for up, down in zip(self.ups, self.downs, strict=True):
             assert len(up.blocks) == len(down.blocks)
+
+
+def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:
+    """The weight with which the update is added to the center, where that is all that is done with it; else None."""
+    done = [effect for effect in effects if not isinstance(effect, Reply)]
+    if rule.apply is add_update and len(done) == 1 and isinstance(done[0], Apply):
+        return np.float32(done[0].weight)
+    return None
 
 
 def _over(plan: Plan, run: Callable[[int, int, F32], bool]) -> Work:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from common.codecs.base import U8
 from common.errors import Code, PeerError
 from common.messages import Place, Share, Shared
+from paramserver import memory
 from paramserver.session import Session
 from paramserver.state import Outbox, ServerState
 
@@ -72,10 +73,20 @@ class Sharing:
         if not self._state.machine:
             self._tell(session, None, "This server shares none.")
             return
+        if not self._has_room():
+            self._tell(session, None, "`memory_limit_mib` of the server leaves none to share.")
+            return
         shard = self._state.hosted.shard
         update_bytes, reply_bytes = (max(plan.bytes for plan in plans) for plans in (shard.ups, shard.downs))
         peer, connection = session.peer, session.connection
         self._out.add(Attach(peer, session.token, connection, message.place, update_bytes, reply_bytes))
+
+    def _has_room(self) -> bool:
+        state = self._state
+        limit = state.settings.memory_limit_mib
+        sharing = sum(member.memory is not None for member in state.members) + 1
+        plan = memory.plan(state.settings, state.hosted.shard.layout)
+        return limit is None or plan.total(len(state.members), sharing) <= limit << 20
 
     def attached(self, event: Attached) -> None:
         """The shell has mapped it, or could not."""

@@ -45,6 +45,9 @@ class Snapshots:
         self._buffers = [Snapshot(zeros(reply_bytes, np.uint8)) for _ in range(BUFFERS)]
         self._latest: Snapshot | None = None
 
+    def __contains__(self, snapshot: Snapshot) -> bool:
+        return snapshot in self._buffers
+
     @property
     def bytes(self) -> int:
         """Memory of both buffers."""

@@ -12,6 +12,7 @@ from paramserver import diversity, memory
 if TYPE_CHECKING:
     from paramserver.core import ServerCore
     from paramserver.session import Session
+    from paramserver.shard import Shard
 
 WINDOW_S = 10.0
 """Rates are taken over this long."""
@@ -78,9 +79,15 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "observers": sum(session.live and session.role == "observer" for session in known),
         "refusals": dict(core.out.refusals),
         "drained_messages": core.drained + core.uplink.drained,
-        "memory_bytes": memory.plan(core.settings, shard.layout).total(len(core.members)) if shard else 0,
+        "memory_bytes": _memory_bytes(core, shard) if shard else 0,
         "slots": {"limit": slots.limit, "taken": slots.taken} if slots else {"limit": 0, "taken": 0},
     }
+
+
+def _memory_bytes(core: ServerCore, shard: Shard) -> int:
+    """What the server needs as things are now: the stated sum."""
+    sharing = sum(member.memory is not None for member in core.members)
+    return memory.plan(core.settings, shard.layout).total(len(core.members), sharing)
 
 
 def encode(values: dict[str, Any]) -> bytes:

@@ -749,7 +749,7 @@ class Hand:
             "worker": self.name,
             "fingerprint": layout.fingerprint,
             "elements": layout.elements,
-            "codecs": codecs.names(),
+            "codecs": codecs.known(),
             "host": "here",
             "optimizer": Optimizer("SGD", 0.1, 0.0, 1, False, 0.0),
             "resume": resume,

@@ -46,8 +46,10 @@ IMPURE = {"asyncio", "zmq", "socket", "threading", "time", "random", "os", "logg
 
 HELPERS_OF_ALGORITHMS = {f"common.{name}" for name in ("buffers", "discovery", "errors", "kernels")}  # of a `base`
 RULE_HELPERS = {"common.rules.base", "common.rules.elastic", "common.rules.rounds"}
-CODEC_HELPERS = {"common.codecs.base"}
+CODEC_HELPERS = {f"common.codecs.{name}" for name in ("base", "draws", "parts", "tensors")}
 
+SPEAKS_TO_ITSELF = {"deploy.simulation.remote"}
+"""Exchanges Python objects with processes that it forked, over pipes that nobody else can reach."""
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -143,13 +145,14 @@ def settings(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 
 def nothing_received_is_executed(module: Module) -> list[str]:
-    """No pickle, marshal, torch.load, eval or exec, under any name."""
+    """No pickle, marshal, torch.load, eval or exec, under any name; pickle alone, where a program speaks to itself."""
     if module.package not in PACKAGES:
         return []
     found = [
         f"{module.name}:{line} imports {name}"
         for line, name in module.imports
-        if name.partition(".")[0] in UNSAFE_MODULES or name in {"torch.load", "builtins.eval", "builtins.exec"}
+        if (name.partition(".")[0] in UNSAFE_MODULES and not (name == "pickle" and module.name in SPEAKS_TO_ITSELF))
+        or name in {"torch.load", "builtins.eval", "builtins.exec"}
     ]
     called = {"torch": {"load"}, "builtins": {"eval", "exec"}}
     aliases = {name: name for name in called} | import_aliases(module.tree)
@@ -302,6 +305,8 @@ BAD = [
     (nothing_received_is_executed, "common.wire", "import pickle"),
     (nothing_received_is_executed, "common.wire", "from marshal import loads"),
     (nothing_received_is_executed, "worker.loop", "import torch\ntorch.load(path, weights_only=True)"),
+    (nothing_received_is_executed, "deploy.simulation.cores", "import pickle"),
+    (nothing_received_is_executed, "deploy.simulation.remote", "import marshal\neval('1')"),
     (nothing_received_is_executed, "worker.loop", "import torch as t\nt.load(path)"),
     (nothing_received_is_executed, "worker.loop", "from torch import load"),
     (nothing_received_is_executed, "deploy.cli", "eval('1')"),
@@ -326,6 +331,7 @@ GOOD = [
     (safe_kernels, "common.kernels", "'''fastmath and parallel=True are banned'''\nnumba.njit(parallel=False)"),
     (nothing_received_is_executed, "worker.loop", "model.eval()\njson.load(f)\nspec.loader.exec_module(m)"),
     (nothing_received_is_executed, "benchmarks.roundtrip", "import pickle"),
+    (nothing_received_is_executed, "deploy.simulation.remote", "import pickle"),
     (says_what_it_is, "common.wire", "'''Bytes.'''"),
 ]
 

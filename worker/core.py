@@ -22,7 +22,7 @@ from common import chunks, codecs, wire
 from common.buffers import zeros
 from common.chunks import Plan
 from common.codecs.base import F32, U8
-from common.errors import Code, CodecError, PeerError, Refused, WireError, code_of
+from common.errors import Code, CodecError, ConfigError, PeerError, Refused, WireError, code_of
 from common.layout import Layout
 from common.messages import (
     Ack,
@@ -439,7 +439,7 @@ class WorkerCore:
                 worker=self._name,
                 fingerprint=layout.fingerprint if layout else "",
                 elements=layout.elements if layout else 0,
-                codecs=codecs.names(),
+                codecs=codecs.known(),
                 host=self._host,
                 group=self._group,
                 optimizer=self._optimizer,
@@ -688,9 +688,10 @@ class WorkerCore:
         source: str = "",
         fragment: int | None = None,
     ) -> None:
-        if reply.codec not in codecs.names():
-            raise WireError(f"A reply in codec '{reply.codec}' was announced, which is not known here.")
-        plan = self.plan(reply.codec, fragment)
+        try:
+            plan = self.plan(reply.codec, fragment)
+        except ConfigError as error:
+            raise WireError(f"A reply in an unknown codec was announced: {error.sentence}") from None
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
         values, self._spare = self._spare, None

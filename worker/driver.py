@@ -81,20 +81,30 @@ class Carrier(ABC):
         """Wait until nothing is carried any more: soon after the core has ended."""
 
     def push(
-        self, flat: F32, plan: Plan, data: U8, scalars: Scalars, base: Version, spare: F32 | None, fragment: int = 0
+        self,
+        flat: F32,
+        plan: Plan,
+        data: U8,
+        scalars: Scalars,
+        base: Version,
+        spare: F32 | None,
+        fragment: int = 0,
+        *,
+        key: int = 0,
     ) -> None:
         """Have `flat` pushed: (elements,), encoded into data: (plan.bytes,) while its first chunks are on their way.
 
-        `spare`: memory for the reply. Raises CodecError where `flat` cannot be encoded; then nothing is pushed.
+        `spare`: memory for the reply; `key`: of this push, for codecs that round at random. Raises CodecError where
+        `flat` cannot be encoded; then nothing is pushed.
         """
         chunks = len(plan.chunks)
         if chunks == 1:
-            plan.encode(flat, data)
+            plan.encode(flat, data, key=key)
         self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
         for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
             end = min(ready + ENCODE_CHUNKS, chunks)
             try:
-                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last)
+                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last, key=key)
             except CodecError:
                 self.post(Withdrawn())
                 raise

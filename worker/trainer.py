@@ -11,6 +11,7 @@ Laws
 * The server decides rule, codec, local steps and overlap; they arrive at join. Under a rule that schedules it also says
   when to train, upload and pull.
 * Optimizer state is the worker's own: no merge touches it.
+* What a codec with feedback loses of a push is added to the next one, and only if the server took the former.
 * While the server is away, `step` returns at once and training goes on; what is trained meanwhile is pushed later.
 * The model is only touched inside `step`, `global_model` and at the ends, on the caller's thread.
 """
@@ -32,7 +33,9 @@ from common import LIBRARY, rules
 from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.chunks import Plan, plan
+from common.codecs import draws
 from common.codecs.base import F32, U8
+from common.codecs.feedback import Memory
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
 from common.messages import NOWHERE, Optimizer, Order, Scalar, Scalars, Version
 from common.rules.base import OptimizerFacts
@@ -157,6 +160,10 @@ class Session:
         self._early: core.Settled | None = None
         """A reply that is here before the rule wants it merged."""
         self._pulled: core.Fetched | None = None
+        self._memory: Memory | None = None
+        """What the codec lost of the pushes so far, where it feeds that back."""
+        self._encoded = 0
+        """Pushes that were encoded, of all sessions."""
         self._loss = 0.0
         self._samples = 0
         self._meter = Meter(model.parameters())
@@ -369,7 +376,7 @@ class Session:
             self._take_news()
             if self._early is not None:
                 self._wait_until_settled()
-            if self._in_flight is None and not self._away and not self._reanchoring:
+            if self._in_flight is None and self._progress.steps and not self._away and not self._reanchoring:
                 self._push()
             left = deadline - self._now()
             if left <= 0:
@@ -434,6 +441,8 @@ class Session:
         self._update: U8 = self._driver.staging(max(up.bytes for up in self._ups), str(settings["machine"]))
         in_place = self._ups[0].in_place(self._update) if fragments == 1 else None
         self._delta = self._scratch if in_place is None else in_place
+        self._memory = Memory(self._layout.elements) if self._ups[0].remembers else None
+        self._seed = int(settings.get("seed", 0))
         self._sent = zeros(self._layout.elements if self._rule.track is not None else 0, np.float32)
         self._fragment = 0
         log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
@@ -454,25 +463,33 @@ class Session:
         delta[n:] = self._x[n:]
         progress, self._progress = self._progress, Progress()
         part = slice(up.blocks[0].first, up.blocks[up.parameter_blocks - 1].last)
+        if self._memory is not None:
+            self._memory.add(delta, part.start, part.stop)
         self._in_flight = _InFlight(self._x, progress, part, self.steps)
         self._x, self._spare = self._spare, self._x
         mean_loss = progress.loss_sum / max(progress.steps, 1)
         lr = float(self._optimizer.param_groups[0]["lr"])
         scalars = Scalars(mean_loss, progress.samples, progress.steps, lr, self._meter.take())
         outlived, self._outlived = self._outlived, None
+        self._encoded += 1
+        key = draws.of_push(self._seed, self.name, self._encoded)
+        data = self._update[: up.bytes]
         try:
-            self._driver.push(delta, up, self._update[: up.bytes], scalars, self._base, outlived, self._fragment)
+            self._driver.push(delta, up, data, scalars, self._base, outlived, self._fragment, key=key)
         except CodecError as error:
             self._in_flight, self._progress = None, progress
             self._reject(str(error))
             return
         self.exchanges.bytes_up += up.bytes
+        if self._memory is not None:
+            self._memory.remember(delta, up.pieces(data))
         if self._rule.track is not None:
             up.decode(self._update, self._sent)
 
     def _settled(self, news: core.Settled, *, early: bool) -> None:
         if self._in_flight is None:
             return  # withdrawn meanwhile
+        self._settle_memory(taken=news.outcome == "applied")
         if early and news.values is not None and self.steps - self._in_flight.at_step < self._delay:
             self._early = news
             return
@@ -498,6 +515,10 @@ class Session:
             )
             self._reanchoring = True  # in flight stays: what was refused is not pushed again
             self._driver.post(PullWanted("anchor"))
+
+    def _settle_memory(self, *, taken: bool) -> None:
+        if self._memory is not None:
+            self._memory.settle(taken=taken)
 
     def _reject(self, why: str) -> None:
         """This worker's own parameters cannot be pushed: give them up, go on from the center."""
@@ -570,6 +591,7 @@ class Session:
             self._anchor, self._outlived = news.values, self._anchor
         else:
             self._go_on_from(news.values)
+        self._settle_memory(taken=False)
         self._in_flight = self._early = None
         self._base = news.base
         self._discard = self._reanchoring = False
@@ -607,6 +629,7 @@ class Session:
         if self._in_flight is None:
             return  # taken back already
         self._reanchoring = True
+        self._settle_memory(taken=news.pushed)
         if news.pushed:
             log.warning("the session was lost; update %d counts as pushed and is not repeated", news.number)
             return

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from common.codecs.base import F32, U8, Codec, all_finite, copy_finite, expect_bytes, non_finite
+from common.codecs import tensors
+from common.codecs.base import F32, U8, Codec, Device, all_finite, copy_finite, expect_bytes, non_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPONENT = np.uint32(0x7F80_0000)
 
 
-def encode(x: F32, out: U8) -> None:
+def encode(x: F32, out: U8, key: int = 0) -> None:
     bits, target = x.view(np.uint32), out.view(np.uint32)
     in_place = bits.ctypes.data == target.ctypes.data
     if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, target, EXPONENT)):
@@ -32,19 +38,34 @@ def open_(data: U8, x: F32) -> None:
         raise non_finite("The update")
 
 
+def device_encode(x: Tensor, key: int) -> Tensor:
+    tensors.require_finite(x)
+    return tensors.as_bytes(x)
+
+
+def device_decode(data: Tensor, n: int) -> Tensor:
+    import torch
+
+    return data.view(torch.float32).clone()
+
+
 CODEC = Codec(
     name="fp32",
     summary="single precision, as it is",
     paper="IEEE 754",
+    when="fast links; whatever must not change a bit",
     bytes_per_element="4",
     lossless=True,
     unbiased=True,
     dense="fp32",
+    feedback="never",
+    contraction=1.0,
     encoded_bytes=lambda n: 4 * n,
     encode=encode,
     check=check,
     decode=decode,
     error_bound=np.zeros_like,
+    device=Device(device_encode, device_decode),
     seamless=True,
     view=lambda data: data.view(np.float32),
     open=open_,

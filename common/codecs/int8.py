@@ -4,59 +4,60 @@
 
     encoded block:  float32 scale [ceil(n / 1024)]   int8 q [n]          little-endian; the last group may be shorter
 
-|error| <= scale / 2. Symmetric, because zero then stays exactly zero; by groups, because one outlier coarsens only the
-elements beside it. A group whose max |x| is under 2^-119 gets scale 0 and decodes to zeros: its scale would be
-subnormal, and would mean 0 on a thread that flushes those. No scale is above FLT_MAX / 127, so that 127 scale stays
-finite. An honest scale is thus 0 or a normal number up to there, an honest q never -128, and `check` lets nothing else
-pass. Pitfall: -0 decodes to +0.
+`int8:256` has groups of 256. |error| <= scale / 2. Symmetric, because zero then stays exactly zero; by groups, because
+one outlier coarsens only the elements beside it. A group whose max |x| is under 2^-119 gets scale 0 and decodes to
+zeros: its scale would be subnormal, and would mean 0 on a thread that flushes those. No scale is above FLT_MAX / 127,
+so that 127 scale stays finite. An honest scale is thus 0 or a normal number up to there, an honest q never -128, and
+`check` lets nothing else pass. Pitfall: -0 decodes to +0.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.codecs import tensors
 from common.codecs.base import (
     F32,
     U8,
     Codec,
     CodecError,
+    Device,
     expect_bytes,
     kernel,
     non_finite,
 )
+from common.codecs.parts import (
+    INFINITE_BITS,
+    SMALLEST_ABSMAX,
+    absmax_bits,
+    check_scales,
+    group_maxima,
+    group_parameter,
+    holds_lowest,
+    largest_scale,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP = 1024
-"""Elements that share a scale."""
+"""Elements that share a scale, by default."""
 
 LEVELS = np.float32(127.0)
-SMALLEST_ABSMAX = np.float32(2.0**-119)
-
-INFINITE_BITS = np.uint32(0x7F80_0000)
-SMALLEST_SCALE_BITS = np.uint32(0x0080_0000)  # 2^-126, the smallest normal float32
-LARGEST_SCALE_BITS = np.uint32(0x7C01_0203)  # FLT_MAX / 127 rounded down: rounded to nearest, 127 of it are infinity
-LARGEST_SCALE = LARGEST_SCALE_BITS.view(np.float32)
+LARGEST_SCALE = largest_scale(127)
 
 
 @kernel
-def _encode(x: Any, bits: Any, scales: Any, codes: Any) -> bool:
+def _encode(x: Any, bits: Any, scales: Any, codes: Any, length: Any) -> bool:
     for g in range(scales.size):
-        group = slice(g * GROUP, (g + 1) * GROUP)
-        absmax = _absmax_bits(bits[group])
+        group = slice(g * length, (g + 1) * length)
+        absmax = absmax_bits(bits[group])
         if absmax >= INFINITE_BITS:
             return False
         scales[g] = _quantise(x[group], np.uint32(absmax).view(np.float32), codes[group])
     return True
-
-
-@kernel
-def _absmax_bits(bits: Any) -> Any:
-    """Magnitudes order as their bits do, and a NaN lies above all."""
-    absmax = np.uint32(0)
-    for i in range(bits.size):
-        absmax = max(absmax, np.uint32(bits[i] & 0x7FFF_FFFF))
-    return absmax
 
 
 @kernel
@@ -71,18 +72,9 @@ def _quantise(x: Any, absmax: Any, codes: Any) -> Any:
 
 
 @kernel
-def _scales_pass(bits: Any) -> bool:
-    """Zero, or normal and small enough; a set sign bit makes a pattern too large, and so do infinity and NaN."""
-    bad = 0
-    for i in range(bits.size):
-        bad += bits[i] != 0 and (bits[i] < SMALLEST_SCALE_BITS or bits[i] > LARGEST_SCALE_BITS)
-    return bad == 0
-
-
-@kernel
-def _decode(scales: Any, codes: Any, x: Any) -> None:
+def _decode(scales: Any, codes: Any, x: Any, length: Any) -> None:
     for g in range(scales.size):
-        group = slice(g * GROUP, (g + 1) * GROUP)
+        group = slice(g * length, (g + 1) * length)
         _scale(codes[group], scales[g], x[group])
 
 
@@ -92,53 +84,85 @@ def _scale(codes: Any, scale: Any, x: Any) -> None:
         x[i] = scale * np.float32(codes[i])
 
 
-def encoded_bytes(n: int) -> int:
-    return _scale_bytes(n) + n
+@kernel
+def _add(scales: Any, codes: Any, c: Any, weight: Any, length: Any) -> None:
+    for g in range(scales.size):
+        group = slice(g * length, (g + 1) * length)
+        _add_scaled(codes[group], scales[g], c[group], weight)
 
 
-def _scale_bytes(n: int) -> int:
-    return 4 * -(-n // GROUP)
+@kernel
+def _add_scaled(codes: Any, scale: Any, c: Any, weight: Any) -> None:
+    for i in range(codes.size):
+        c[i] += weight * (scale * np.float32(codes[i]))
 
 
-def encode(x: F32, out: U8) -> None:
-    split = _scale_bytes(x.size)
-    if not _encode(x, x.view(np.uint32), out[:split].view(np.float32), out[split:].view(np.int8)):
-        raise non_finite("The vector to encode")
+def make(group: int) -> Codec:
+    def split(n: int) -> int:
+        """Where the scales end."""
+        return 4 * -(-n // group)
+
+    def encode(x: F32, out: U8, key: int = 0) -> None:
+        at = split(x.size)
+        if not _encode(x, x.view(np.uint32), out[:at].view(np.float32), out[at:].view(np.int8), group):
+            raise non_finite("The vector to encode")
+
+    def check(data: U8, n: int) -> None:
+        expect_bytes(data, split(n) + n)
+        check_scales(data[: split(n)].view(np.float32), LARGEST_SCALE)
+        if holds_lowest(data[split(n) :]):
+            raise CodecError("The encoded block holds -128; the codes of int8 are -127 to 127.")
+
+    def decode(data: U8, x: F32) -> None:
+        at = split(x.size)
+        _decode(data[:at].view(np.float32), data[at:].view(np.int8), x, group)
+
+    def add(data: U8, c: F32, weight: np.float32) -> None:
+        at = split(c.size)
+        _add(data[:at].view(np.float32), data[at:].view(np.int8), c, weight, group)
+
+    def error_bound(x: F32) -> F32:
+        """Half a step, and the rounding of one division and one product."""
+        magnitude, absmax = np.abs(x), group_maxima(x, group)
+        rounded = absmax / LEVELS * np.float32(0.5) + magnitude * np.float32(2.0**-21)
+        return np.where(absmax < SMALLEST_ABSMAX, magnitude, rounded)
+
+    def device_encode(x: Tensor, key: int) -> Tensor:
+        import torch
+
+        tensors.require_finite(x)
+        rows = tensors.groups(x, group)
+        scale = tensors.scales(rows.abs().amax(1, keepdim=True), 127.0, float(LARGEST_SCALE))
+        codes = tensors.divided(rows, scale).round().to(torch.int8)
+        return tensors.as_bytes(scale, codes.view(-1)[: x.numel()])
+
+    def device_decode(data: Tensor, n: int) -> Tensor:
+        import torch
+
+        scale, codes = data[: split(n)].view(torch.float32), data[split(n) :].view(torch.int8)
+        return (tensors.groups(codes.float(), group) * scale[:, None]).view(-1)[:n]
+
+    return Codec(
+        name="int8",
+        summary=f"8 bits per element, a scale for every {group:,}",
+        paper="Jacob et al., arXiv 1712.05877",
+        when="a quarter of the bytes at hardly any loss: the first to try on a slow link",
+        bytes_per_element=f"1 + 4/{group}",
+        lossless=False,
+        unbiased=False,
+        dense="fp16",
+        feedback="optional",
+        contraction=max(1.0 - group / (4 * 127**2), 0.0) or None,
+        encoded_bytes=lambda n: split(n) + n,
+        encode=encode,
+        check=check,
+        decode=decode,
+        error_bound=error_bound,
+        device=Device(device_encode, device_decode),
+        add=add,
+        parameters=(group_parameter(GROUP),),
+        make=make,
+    )
 
 
-def check(data: U8, n: int) -> None:
-    expect_bytes(data, encoded_bytes(n))
-    split = _scale_bytes(n)
-    if not _scales_pass(data[:split].view(np.uint32)):
-        raise CodecError("A scale of the encoded block is neither 0 nor a normal number from 2^-126 to FLT_MAX / 127.")
-    if data[split:].view(np.int8).min() == -128:
-        raise CodecError("The encoded block holds -128; the codes of int8 are -127 to 127.")
-
-
-def decode(data: U8, x: F32) -> None:
-    split = _scale_bytes(x.size)
-    _decode(data[:split].view(np.float32), data[split:].view(np.int8), x)
-
-
-def error_bound(x: F32) -> F32:
-    """Half a step, and the rounding of one division and one product."""
-    magnitude = np.abs(x)
-    absmax = np.repeat(np.maximum.reduceat(magnitude, np.arange(0, x.size, GROUP)), GROUP)[: x.size]
-    rounded = absmax / LEVELS * np.float32(0.5) + magnitude * np.float32(2.0**-21)
-    return np.where(absmax < SMALLEST_ABSMAX, magnitude, rounded)
-
-
-CODEC = Codec(
-    name="int8",
-    summary="8 bits per element, a scale for every 1024",
-    paper="Jacob et al., arXiv 1712.05877",
-    bytes_per_element="1 + 4/1024",
-    lossless=False,
-    unbiased=False,
-    dense="fp16",
-    encoded_bytes=encoded_bytes,
-    encode=encode,
-    check=check,
-    decode=decode,
-    error_bound=error_bound,
-)
+CODEC = make(GROUP)

@@ -7,10 +7,11 @@ Laws
 * LINGER 0: what was queued for a connection dies with it. A DEALER that survived would hand the tail of an old
   transfer to a new server, so a worker that has doubts closes it and dials again.
 * ZeroMQ's heartbeats only reap dead TCP connections; leases are the cores' business.
-* Once memory is shared with a peer, a payload that lies in it is not sent: a third frame says where it lies. Whoever
-  sends one sees to it that it stays until the peer is done, for nothing tells when.
+* Once memory is shared with a peer, a payload that lies in it is not sent: a pointer takes its place, which no payload
+  is taken for, since it bears the memory's random mark. Whoever sends one sees to it that what it points at stays until
+  the peer is done, for nothing tells when.
 
-    frames    header | payload          or, of a payload in shared memory:     header | (empty) | mark, offset, length
+    frames    header | payload          or, of a payload in shared memory:     header | pointer: mark, offset, length
 """
 
 from __future__ import annotations
@@ -119,7 +120,6 @@ class ZeroMQEndpoint:
             return None
         self._socket.send(header, zmq.SNDMORE | zmq.NOBLOCK)
         if pointer:
-            self._socket.send(b"", zmq.SNDMORE | zmq.NOBLOCK)
             self._socket.send(pointer, zmq.NOBLOCK)
             return None
         by_reference = len(payload) > COPY_BYTES
@@ -139,15 +139,18 @@ class ZeroMQEndpoint:
             return None
         buffers: list[Buffer] = [frame.buffer for frame in frames]
         peer, buffers = (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
-        if len(buffers) == 3 and len(buffers[2]) == _POINTER.size:
-            buffers[1:] = [self._pointed_at(peer, buffers[2])]
+        if len(buffers) == 2 and len(buffers[1]) == _POINTER.size and peer in self._theirs:
+            buffers[1] = self._pointed_at(peer, buffers[1])
         return peer, buffers
 
-    def _pointed_at(self, peer: bytes, pointer: Buffer) -> Buffer:
-        """What a peer says lies in its memory; nothing where there is no such place, which the core then refuses."""
-        mark, at, size = _POINTER.unpack(pointer)
-        shared, memory = self._theirs.get(peer, (b"", memoryview(b"")))
-        if mark != shared or size > len(memory) or at > len(memory) - size:
+    def _pointed_at(self, peer: bytes, payload: Buffer) -> Buffer:
+        """What lies in a peer's memory, where the payload points at it; nothing where there is no such place, which the
+        core then refuses."""
+        shared, memory = self._theirs[peer]
+        mark, at, size = _POINTER.unpack(payload)
+        if mark != shared:
+            return payload
+        if size > len(memory) or at > len(memory) - size:
             return b""
         return memory[at : at + size]
 

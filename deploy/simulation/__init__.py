@@ -1,4 +1,4 @@
-"""A whole run in virtual time: real gradients, the real server and workers, a made-up cluster, in one process.
+"""A whole run in virtual time: real gradients, the real server and workers, a made-up cluster, on one machine.
 
     found = simulation.simulate(plan.make(loaded, task="mnist", workers=100, ...), scenario.make(...), console, say)
 
@@ -7,9 +7,9 @@
 Laws
 * One seed, one run, bit for bit: the SHA-256 of the center says so.
 * The report is that of a live run; its seconds are virtual. What is made up stands in it as `simulated`.
-* Imports go one way: `cluster` sees `server`, `carrier`, `fibers` and `scenario`, which see none of the others.
-
-Left out: simulating on several cores, and GPUs: all workers compute in turn, on the devices of the plan.
+* Workers are processes and share nothing but what they read; whatever ends one of them ends no other, and however a
+  simulation ends, none of them is left.
+* Imports go one way: `cluster` > `workers` > `cores`, `carrier` > `remote`, `fibers`, `server`, `scenario`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deploy.plan import Plan
 from deploy.run import read
 from deploy.screens import Say, watch
 from deploy.simulation.cluster import Cluster
+from deploy.simulation.cores import WorkerEnded
 from deploy.simulation.scenario import Scenario
 from deploy.summary import STOPPED, summary
 from paramserver import checkpoint
@@ -51,7 +52,7 @@ def simulate(plan: Plan, scenario: Scenario, console: Console, say: Say) -> dict
         say("info", f"{_words(cluster, time.monotonic() - started)}")
         for worker in cluster.workers:
             if (error := worker.error) is not None:
-                say("warning", f"{worker.name} failed with {type(error).__name__}: {error}")
+                say("warning", f"{error}" if isinstance(error, WorkerEnded) else f"{worker.name} failed: {error}")
         steps = round(sum(row.get("steps", 0) for row in cluster.rows()) / len(plan.devices)) if plan.solo else 0
         if steps:
             say("info", f"One worker alone trains for {steps:,} steps, to compare.")

@@ -41,12 +41,16 @@ class SimulatedCarrier(Carrier):
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news; meanwhile virtual time passes."""
-        end_s = math.inf if timeout_s is None else self.now() + timeout_s
-        while not (self._news or self.host.dead) and self.now() < end_s:
-            self._fiber.wait(None if timeout_s is None else end_s - self.now())
+        self._wait(timeout_s)
         if self.host.dead:
             return Left()
         return self._news.popleft() if self._news else None
+
+    def all_news(self, timeout_s: float | None) -> tuple[Any, ...]:
+        """All news there is, waiting for some."""
+        self._wait(timeout_s)
+        news, self._news = tuple(self._news), deque()
+        return (Left(),) if self.host.dead else news
 
     def close(self, timeout_s: float) -> None:
         """Nothing is left to wait for."""
@@ -65,6 +69,11 @@ class SimulatedCarrier(Carrier):
     def cut(self) -> None:
         """Break the connection."""
         self.link.cut(LinkLost())
+
+    def _wait(self, timeout_s: float | None) -> None:
+        end_s = math.inf if timeout_s is None else self.now() + timeout_s
+        while not (self._news or self.host.dead) and self.now() < end_s:
+            self._fiber.wait(None if timeout_s is None else end_s - self.now())
 
     def _do(self, action: Any) -> None:
         match action:

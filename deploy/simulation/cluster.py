@@ -10,47 +10,34 @@ Laws
 * Gradients are real. How long a step takes is drawn; nothing of others reaches a worker but by its exchanges.
 * Each worker draws from sources of its own: more workers, or faults, do not change what one draws.
 
-Left out: what is reported (`deploy.simulation`), and several processes: all workers share one.
+Left out: what is reported (`deploy.simulation`).
 """
 
 from __future__ import annotations
 
 import random
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
-from common import distributions
-from common.config import WorkerSettings
 from common.distributions import expovariate
 from common.errors import NetworkError, ParamserverError
 from common.layout import center_sha256
-from common.simulator import Conditions, Host, Link, Pipe, World
+from deploy import nursery
 from deploy.measure import Center
 from deploy.plan import Plan
 from deploy.screens import Say, Screen
-from deploy.simulation.carrier import SimulatedCarrier
-from deploy.simulation.fibers import Draws, Fiber
+from deploy.simulation.cores import Cores, WorkerEnded
+from deploy.simulation.remote import TaskFailed
 from deploy.simulation.scenario import Scenario
 from deploy.simulation.server import Server
+from deploy.simulation.workers import Ether, SimulatedWorker, Watcher
 from paramserver import daemon, status
-from worker import loop
-from worker.core import WorkerCore
-from worker.driver import Machine
-from worker.loop import OnStep, WorkerReport
 
-T = TypeVar("T")
-
-ADDRESS = "tcp://simulated:1"
-SWITCH_INTERVAL_S = 0.00002
-"""How long Python lets one thread hold the interpreter: the thread that computes is the one that all wait for."""
 EVENTS_PER_LOOK = 64
 """Between two looks at whether all is done, and at whether to show progress."""
 SHOW_S = 0.2
@@ -61,171 +48,32 @@ START_S = 1e-3
 """Workers start so far apart."""
 STILL_LEASES, STILL_STEPS = 100, 1000
 """So many leases and steps without anything new are a cluster that stands still."""
+STILL_EVENTS, STILL_EVENTS_EACH = 100_000, 100_000
+"""So many events, and so many more for each worker, without anything new are one, too."""
 LEAVE_LEASES = 4
 """After the end, workers have so long to leave."""
-AT_ONCE = distributions.parse("0", "the watcher's network")
-
-
-class Ether:
-    """What lies between the machines of a cluster: its time, its sources of chance, its connections."""
-
-    def __init__(self, scenario: Scenario, seed: int, say: Say) -> None:
-        self.world, self.scenario, self.say = World(), scenario, say
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        """One, whatever the machine: random numbers belong to the process."""
-        self.links: dict[bytes, Link] = {}
-        self.server: Callable[[], Host | None] = lambda: None
-        self._seed = seed
-        self._shared = Pipe(scenario.server_bytes_per_s), Pipe(scenario.server_bytes_per_s)
-        self._dialled = 0
-
-    def chance(self, *purpose: Any) -> random.Random:
-        """A source of random numbers for one purpose."""
-        return random.Random(f"{self._seed} {purpose}")
-
-    def dial(self, name: str, conditions: Conditions, chance: random.Random, host: Host) -> Link:
-        """A fresh connection, under a name that was never used; broken ones are forgotten."""
-        self._dialled += 1
-        peer = b"%s-%d" % (name.encode(), self._dialled)
-        link = Link(self.world, conditions, chance, host, self.server, peer, self._shared)
-        for broken in [key for key, one in self.links.items() if not one.open]:
-            del self.links[broken]
-        self.links[peer] = link
-        return link
-
-
-class Inhabitant(ABC):
-    """Whoever lives in a cluster with a session at its server: one program on one machine."""
-
-    def __init__(self, ether: Ether, name: str, number: int, life: int, conditions: Conditions) -> None:
-        self.name, self.life = name, life
-        self.error: Exception | None = None
-        self.carrier: SimulatedCarrier | None = None
-        self._ether = ether
-        chance = ether.chance("network", name, life)
-        self._dial = partial(ether.dial, name, conditions, chance)
-        self._draws = Draws(number)
-        self.fiber = Fiber(ether.world, self.live, self._ended)
-        self.machine = Machine(
-            host=f"host-{name}",
-            process=number,
-            instance=f"{name}-{life}",
-            carry=self._carry,
-            now=lambda: ether.world.now,
-            compute=self.compute,
-        )
-
-    @abstractmethod
-    def live(self) -> None:
-        """The program; it may wait."""
-
-    def compute(self, work: Callable[[], T], steps: int) -> T:
-        """Do the work of so many optimizer steps; how long it takes is up to whoever lives here."""
-        return self.fiber.compute(self._ether.thread, self._draws, work, sum(self.step_s() for _ in range(steps)))
-
-    def step_s(self) -> float:
-        """Of one optimizer step, seconds."""
-        return 0.0
-
-    @property
-    def over(self) -> bool:
-        return self.fiber.over
-
-    def crash(self) -> None:
-        """kill -9."""
-        if self.carrier is not None:
-            self.carrier.crash()
-        self.fiber.kill()
-
-    def _carry(self, core: WorkerCore, address: str) -> SimulatedCarrier:
-        say = self._ether.say
-        self.carrier = SimulatedCarrier(core, self.fiber, self._dial, say, check=self._ether.scenario.check)
-        return self.carrier
-
-    def _ended(self, error: Exception | None) -> None:
-        self.error = error
-        if self.carrier is not None:
-            self.carrier.crash()  # whatever it was: nothing of it stays
-
-
-class SimulatedWorker(Inhabitant):
-    """One life of one worker: the reference training loop, and the time that its steps take."""
-
-    def __init__(self, ether: Ether, plan: Plan, number: int, life: int, on_step: OnStep | None) -> None:
-        self._plan, self._number, self._on_step = plan, number, on_step
-        self.report: WorkerReport | None = None
-        super().__init__(ether, f"worker-{number}", number, life, ether.scenario.conditions)
-        self._chance = ether.chance("compute", number, life)
-        self._factor = ether.scenario.factors[number]
-
-    @property
-    def known_as(self) -> str:
-        """Its name on the server, which may have given the one that it asked for to an earlier life."""
-        return (self.carrier.core.membership.worker if self.carrier is not None else "") or self.name
-
-    def live(self) -> None:
-        plan = self._plan
-        seed = plan.seed_of(self._number + len(plan.devices) * self.life)
-        device, optimizer = plan.devices[self._number], cast(Any, plan.optimizer or "task")
-        settings = WorkerSettings(
-            address=ADDRESS,
-            name=self.name,
-            task=plan.task,
-            device=device,
-            seed=seed,
-            optimizer=optimizer,
-            mechanism=plan.mechanism or None,
-            connect_timeout_s=86_400,
-        )
-        self.report = loop.run(
-            settings, model_seed=plan.seed, data=plan.data, on_step=self._on_step, machine=self.machine
-        )
-
-    def step_s(self) -> float:
-        return self._factor * self._ether.scenario.compute.draw(self._chance)
-
-
-class Watcher(Inhabitant):
-    """Looks at the center when it is told to, over a network without delay or fault."""
-
-    def __init__(self, ether: Ether, plan: Plan, describe: Callable[[], dict[str, Any]]) -> None:
-        self._describe = describe
-        self._wanted = self._looks = 0
-        super().__init__(ether, "watcher", 0, 0, Conditions(AT_ONCE))
-        self.center = Center(plan.center, ether.say, machine=self.machine)
-
-    def look(self) -> None:
-        """Look once more, as soon as nothing that was wanted before is left to do."""
-        self._wanted += 1
-        self.fiber.wake()
-
-    @property
-    def done(self) -> bool:
-        """Whether it has looked as often as was wanted, or cannot."""
-        return self._looks == self._wanted or self.over
-
-    def live(self) -> None:
-        while True:
-            while self._looks == self._wanted:
-                self.fiber.wait(None)
-            found = self._describe()
-            if found["version"] and self.center.evaluates:
-                self.center.look(ADDRESS, found, found["elapsed_s"])
-            self._looks += 1
 
 
 class Cluster:
-    """One server, its workers, and what befalls them. `on_step(number)` gives each worker what it calls per step."""
+    """One server, its workers, and what befalls them. at_once: workers that compute at one time; None: as many as there
+    are cores."""
 
-    def __init__(
-        self, plan: Plan, scenario: Scenario, say: Say, *, on_step: Callable[[int], OnStep] | None = None
-    ) -> None:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._plan, self._scenario, self._on_step = plan, scenario, on_step
+    def __init__(self, plan: Plan, scenario: Scenario, say: Say, *, at_once: int | None = None) -> None:
+        self._plan, self._scenario = plan, scenario
         settings = plan.server.settings
+        family = nursery.family(
+            "deploy.simulation.remote:prepare",
+            server=settings.model_dump(mode="json", exclude_unset=True),
+            task=plan.task,
+            data=str(plan.data) if plan.data else None,
+            optimizer=plan.optimizer,
+            model_seed=plan.seed,
+            threads=plan.threads,
+        )
+        self._cores = Cores(family, at_once, len(plan.devices))
         daemon.warm(settings)
+        torch.set_num_threads(plan.threads)
         self._ether = ether = Ether(scenario, plan.seed, say)
-        ether.thread.submit(torch.set_num_threads, plan.threads).result()
         self.world = ether.world
         self.server = Server(ether.world, settings, ether.links, say, check=scenario.check)
         ether.server = lambda: self.server.host
@@ -236,7 +84,8 @@ class Cluster:
         self._watcher = Watcher(ether, plan, lambda: self.status)
         self._status: dict[str, Any] = {}
         self._looked = 0
-        self._news: tuple[Any, float] = (None, 0.0)
+        self._news: tuple[Any, float, int] = (None, 0.0, 0)
+        """The last thing that was new; at what time, after how many events."""
         self.crashes = {"worker": 0, "server": 0, "cut": 0}
         self.sha256 = ""
         self.real_seconds = 0.0, 0.0
@@ -257,10 +106,10 @@ class Cluster:
 
     def run(self, screen: Screen) -> None:
         """Until the budget is used up and everybody has left; raises ParamserverError where it comes to no end."""
-        started_s, used_s = time.monotonic(), time.process_time()
+        started_s, used_s = time.monotonic(), self._used_s
         try:
             self._train(screen)
-            self.real_seconds = time.monotonic() - started_s, time.process_time() - used_s
+            self.real_seconds = time.monotonic() - started_s, self._used_s - used_s
             self._leave()
             trained_s = self.status["elapsed_s"]
             self._finish()
@@ -272,8 +121,13 @@ class Cluster:
         """Leave nothing running."""
         for one in (*self.workers, self._watcher):
             one.crash()
-        self._ether.thread.shutdown(cancel_futures=True)
+        self._cores.close()
         self.server.close()
+
+    @property
+    def _used_s(self) -> float:
+        """CPU time so far, of this process and of the workers'."""
+        return time.process_time() + self._cores.used_s
 
     def rows(self) -> list[dict[str, Any]]:
         """What each worker did: what it said at its end, and what the server counted."""
@@ -334,6 +188,7 @@ class Cluster:
             self._step()
 
     def _step(self) -> None:
+        self._cores.turn()
         if not self.world.step():
             raise ParamserverError("Nothing is left to happen, and the budget is not used up.", fix="Report this.")
 
@@ -350,8 +205,7 @@ class Cluster:
         return max(self._scenario.factors) * self._scenario.compute.mean_s
 
     def _start_worker(self, number: int, life: int) -> None:
-        on_step = self._on_step(number) if self._on_step is not None else None
-        worker = SimulatedWorker(self._ether, self._plan, number, life, on_step)
+        worker = SimulatedWorker(self._ether, self._cores, self._plan, number, life)
         self.workers[number : number + 1] = [worker]
 
     def _expect_progress(self) -> None:
@@ -360,15 +214,18 @@ class Cluster:
             raise self._watcher.error
         if self.workers and all(worker.error for worker in self.workers):
             error = self.workers[-1].error
+            if isinstance(error, TaskFailed | WorkerEnded):
+                raise ParamserverError(f"Every worker failed, the last one so: {error.sentence}", fix=error.fix)
             assert error is not None
             raise error
         budget = self.server.core.state.budget if self.server.core is not None else None
         news = (budget.updates, budget.samples) if budget else None
         if news != self._news[0]:
-            self._news = news, self.world.now
+            self._news = news, self.world.now, self.world.events
             return
         still_s = STILL_LEASES * self._plan.server.settings.lease_s + STILL_STEPS * self._slowest_s
-        if self.world.now - self._news[1] > still_s:
+        still_events = STILL_EVENTS + STILL_EVENTS_EACH * len(self.workers)
+        if self.world.now - self._news[1] > still_s or self.world.events - self._news[2] > still_events:
             waits = "; ".join(self.status.get("waiting_for", [])) or "the next update"
             raise NetworkError(
                 f"The simulated cluster stands still since {self._news[1]:,.0f} s of its time: it waits for {waits}.",

@@ -22,7 +22,13 @@ from common.errors import ConfigError
 from common.simulator import Conditions
 
 SLOWEST = 1000.0
+LONGEST_S = 3600.0
+"""Of the slowest worker, on average: while it computes, sessions beat every second or two."""
+LEAST_BETWEEN_S = 0.1
+"""The least mean time between two faults: who is struck more often than it can recover never trains."""
 MEGA = 1e6
+RARE = 1e-3
+"""Share of all steps that may take next to no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +91,17 @@ def make(
     """The scenario these words describe; raises ConfigError."""
     wrong = parse_faults(faults)
     step = distributions.parse(compute, "--compute")
-    if not step.mean_s:
-        raise ConfigError("--compute: a step that takes no time never lets another worker have its turn.", fix="1ms.")
+    if not step.at(RARE):
+        raise ConfigError(
+            f"--compute: under '{step}' some steps take no time, and then no other worker has its turn.",
+            fix="Such as 1ms, or normal:100ms,10ms.",
+        )
+    factors = parse_stragglers(stragglers, workers)
+    if (slowest_s := step.mean_s * max(factors)) > LONGEST_S:
+        raise ConfigError(
+            f"--compute, --stragglers: the slowest step takes {slowest_s:,.0f} s on average, over {LONGEST_S:,.0f} s.",
+            fix="Make a step shorter: all times of a cluster may be made shorter alike.",
+        )
     conditions = Conditions(
         distributions.parse(network, "--network"),
         bandwidth_mb_s * MEGA,
@@ -97,7 +112,7 @@ def make(
     )
     return Scenario(
         step,
-        parse_stragglers(stragglers, workers),
+        factors,
         conditions,
         server_bandwidth_mb_s * MEGA,
         wrong,
@@ -137,13 +152,21 @@ def parse_faults(text: str) -> Faults:
     values: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
+        if not equals and name in names:
+            raise ConfigError(
+                f"--faults: '{part}' does not say how {'much' if name in shares else 'often'}.",
+                fix=f"Such as {name}={'0.1' if name in shares else '60s'}.",
+            )
         if not equals or name not in names:
             raise ConfigError(
                 f"--faults: '{part}' is not NAME=VALUE{nearest(name, names)}.", fix=f"Names: {', '.join(names)}."
             )
         values[name] = _share(value, part) if name in shares else distributions.seconds(value, f"--faults {name}")
-        if name not in shares and not values[name]:
-            raise ConfigError(f"--faults: '{part}' breaks without end.", fix=f"Such as {name}=60s, or leave it out.")
+        if name not in shares and values[name] < LEAST_BETWEEN_S:
+            raise ConfigError(
+                f"--faults: '{part}' breaks without end: less than {LEAST_BETWEEN_S:g} s lie between two.",
+                fix=f"Such as {name}=60s, or leave it out.",
+            )
     if sum(values.get(name, 0.0) for name in ("loss", "duplicate")) > 1:
         raise ConfigError("--faults: loss and duplicate are shares of one whole.", fix="Let them add up to at most 1.")
     return Faults(**values)

@@ -125,8 +125,11 @@ def test_a_task_that_fails_in_every_worker_is_told(tmp_path: Path) -> None:
         "    def loss(model, batch):\n        raise ValueError('no such loss')\n"
         "    return model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.ones(4, 2)], loss\n"
     )
-    with pytest.raises(ValueError, match="no such loss"):
+    with pytest.raises(
+        ParamserverError, match=r"Every worker failed, the last one so: ValueError: no such loss\."
+    ) as told:
         simulate(tmp_path / "run", task=str(task))
+    assert told.value.fix == f"Look at {task}, line 7."
 
 
 def test_divergence_is_told_and_reported(tmp_path: Path) -> None:

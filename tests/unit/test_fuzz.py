@@ -1,20 +1,25 @@
-"""Whatever bytes arrive: the wire raises WireError or nothing, and a server neither falls nor changes its center."""
+"""Whatever bytes arrive: the wire raises WireError or nothing, a codec CodecError or nothing, and a server neither
+falls nor changes its center. `make fuzz` gives every codec 20,000 examples instead of a few hundred.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import os
 import typing
 from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import messages, wire
-from common.errors import WireError
+from common import codecs, messages, wire
+from common.codecs.base import Codec
+from common.errors import Code, CodecError, WireError
 from common.layout import Layout, Tensor
 from common.messages import Message, Version
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick
@@ -23,7 +28,14 @@ from tests.cluster import Desk, Hand
 
 KINDS = get_args(Message)
 ACTIONS = (Send, Run, Record, Say, Save, Exit)
-PROFILE = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+PROFILE = {
+    "deadline": None,
+    "derandomize": "FUZZ_EXAMPLES" not in os.environ,
+    "suppress_health_check": list(HealthCheck),
+}
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300")) // 2
+"""Of each codec, half of them bytes, half vectors."""
 
 integers = st.sampled_from([0, 1, 2, 3, 2**31, 2**53 - 1]) | st.integers(0, 2**53 - 1)
 numbers = st.floats() | integers
@@ -35,6 +47,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=8,
 )
+byte = st.integers(0, 255)
 payloads = st.binary(max_size=64) | st.sampled_from([b"", bytes(32), bytes(40), b"\xff" * 32, bytes(1 << 20)])
 
 
@@ -121,6 +134,87 @@ class Nobody:
 
     session = ""
     connection = 0
+
+
+# The codecs
+
+
+def variants() -> list[str]:
+    """Every codec as it is, and with the examples of its parameters."""
+    found = []
+    for name in codecs.names():
+        examples = [parameter.example for parameter in codecs.load(name).parameters]
+        found += [":".join([name, *examples[:shown]]) for shown in range(len(examples) + 1)]
+    return found
+
+
+def refusal(attempt: Any, *arguments: Any) -> Code | None:
+    """The code of the CodecError that it raises; any other error goes through."""
+    try:
+        attempt(*arguments)
+    except CodecError as error:
+        return error.code
+    return None
+
+
+def refused_or_harmless(codec: Codec, data: Any, n: int) -> None:
+    """`check` raises CodecError and nothing else; what it passes decodes to finite values, and to the same twice."""
+    if code := refusal(codec.check, data, n):
+        assert code in {Code.BAD_LENGTH, Code.ENCODING, Code.NON_FINITE}
+        return
+    x, y = np.full(n, np.nan, np.float32), np.full(n, 7.0, np.float32)
+    codec.decode(data, x)
+    codec.decode(data, y)
+    assert np.isfinite(x).all()
+    assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", variants())
+@settings(max_examples=EXAMPLES, **PROFILE)
+@given(data=st.data(), n=st.integers(1, 40) | st.sampled_from([127, 128, 129, 1025, 4095, 4097, 9001]))
+def test_codecs_bear_whatever_bytes_arrive(name: str, data: st.DataObject, n: int) -> None:
+    """Random bytes, of the right length and of others; and honest ones of which some were changed."""
+    codec = codecs.load(name)
+    length = codec.encoded_bytes(n)
+    kind = data.draw(st.sampled_from(["random", "changed", "changed", "cut"]))
+    if kind == "random" and length <= 256:
+        received = bytearray(data.draw(st.binary(min_size=length, max_size=length)))
+    else:
+        random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+        if kind == "random":
+            received = bytearray(random.bytes(length))
+        else:
+            x = random.standard_normal(n, dtype=np.float32) * np.float32(2.0) ** np.float32(random.integers(-120, 20))
+            out = np.zeros(length, np.uint8)
+            codec.encode(x, out, int(random.integers(0, 2**63)))
+            received = bytearray(out.tobytes())
+    if kind == "changed":
+        for _ in range(data.draw(st.integers(1, 6))):
+            received[data.draw(st.integers(0, length - 1))] = data.draw(st.sampled_from([0, 1, 127, 128, 255]) | byte)
+    if kind == "cut":
+        received = received[: data.draw(st.integers(0, length))] + data.draw(st.binary(max_size=9))
+    refused_or_harmless(codec, np.frombuffer(bytes(received), np.uint8), n)
+
+
+@pytest.mark.parametrize("name", variants())
+@settings(max_examples=EXAMPLES, **PROFILE)
+@given(data=st.data(), seed=st.integers(0, 2**32), n=st.integers(1, 9001))
+def test_codecs_bear_whatever_vectors_are_sent(name: str, data: st.DataObject, seed: int, n: int) -> None:
+    """Any bit patterns: encoded within the bound, or refused for what is in them."""
+    codec = codecs.load(name)
+    drawn = np.array(data.draw(st.lists(st.floats(width=32), min_size=1, max_size=12)), np.float32)
+    x = np.random.default_rng(seed).choice(drawn, n)
+    out = np.zeros(codec.encoded_bytes(n), np.uint8)
+    code = refusal(codec.encode, x, out, seed)
+    if not np.isfinite(x).all() or np.abs(x).max() > codec.largest:
+        assert code == (Code.ENCODING if np.isfinite(x).all() else Code.NON_FINITE)
+        return
+    assert code is None
+    codec.check(out, n)
+    y = np.full(n, np.nan, np.float32)
+    codec.decode(out, y)
+    error = np.abs(y.astype(np.float64) - x).astype(np.float32)
+    assert (error <= codec.error_bound(x)).all()
 
 
 # The server

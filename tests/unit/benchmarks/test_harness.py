@@ -141,19 +141,6 @@ def test_an_unknown_name_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_round_trip_of_1_mb_against_all_peers(tmp_path: Path) -> None:
-    file = tmp_path / "roundtrip.json"
-    with pytest.raises(SystemExit) as end:
-        main(["roundtrip", "--size-mb", "1", "--rounds", "2", "--json", str(file)])
-    assert end.value.code == 0
-    found = json.loads(file.read_text())["rows"]
-    assert {"paramserver tcp fp32", "paramserver ipc fp32", "torch.distributed.rpc"} <= {row["case"] for row in found}
-    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in found)
-    assert multiprocessing.active_children() == []
-
-
-@pytest.mark.slow
 def test_a_child_that_says_nothing_is_given_up_and_gone() -> None:
     with harness.child("deaf", _keep_silent) as deaf:
         assert deaf.hear(harness.START_LIMIT_S) == "listening"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from common import codecs
 from common.config import (
     EVERY_MODEL,
     Loaded,
@@ -201,6 +202,49 @@ def test_an_unknown_algorithm_names_the_nearest_and_its_origin(name: str, close:
     text = refusal(environ={f"PARAMSERVER_{name.upper()}": close[:-1] + "x"})
     assert f"did you mean '{close}'" in text
     assert f"'{name}' (environment PARAMSERVER_{name.upper()})" in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "codec", "parts"),
+    [
+        ("easgd", "topk", ("counted twice", "Use plain:topk.")),
+        ("easgd", "int4:32", ("counted twice", "Use plain:int4:32.")),
+        ("eamsgd", "ef:int8", ("counted twice", "Use int8.")),
+        ("easgd", "ef:randomk", ("counted twice", "Use another codec.")),
+        ("easgd", "terngrad", ("may enlarge",)),
+        ("easgd", "qsgd:1", ("may enlarge",)),
+        ("lsgd", "int4", ("uploads parameters as they are",)),
+        ("lsgd", "natural", ("uploads parameters as they are",)),
+        ("downpour", "plain:sign", ("loses most of an update", "Use sign,")),
+        ("gem", "plain:topk:0.05", ("nothing brings it back", "Use topk:0.05,")),
+        ("downpour", "ef:natural", ("nothing to feed back",)),
+    ],
+)
+def test_a_codec_that_makes_no_sense_under_the_rule_is_refused_in_words(
+    rule: str, codec: str, parts: tuple[str, ...]
+) -> None:
+    text = refusal(rule=rule, codec=codec)
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("rule", "codec"),
+    [
+        *((rule, "ef:topk:0.05") for rule in ("downpour", "gem", "adag", "diloco", "local_sgd", "fedbuff")),
+        ("easgd", "plain:topk"),
+        ("easgd", "natural"),
+        ("lsgd", "int8:256"),
+        ("downpour", "randomk"),
+        ("downpour", "plain:int4"),
+    ],
+)
+def test_a_codec_that_makes_sense_is_taken(rule: str, codec: str) -> None:
+    assert server(rule=rule, codec=codec).settings.codec == codecs.load(codec).name
+
+
+@pytest.mark.parametrize("codec", ["int4", "ef:int8", "topk", "qsgd", "bf16:stochastic", "plain:e3m0"])
+def test_replies_are_complete_in_themselves(codec: str) -> None:
+    assert "cannot carry replies" in refusal(reply_codec=codec)
 
 
 @pytest.mark.parametrize(

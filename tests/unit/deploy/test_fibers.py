@@ -1,19 +1,13 @@
-"""Programs in virtual time: they wait, compute, fail, are killed and interrupted, and leave nothing on the agenda."""
+"""Programs in virtual time: they wait, fail, are killed and interrupted, and leave nothing on the agenda."""
 
 from __future__ import annotations
 
-import random
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from common.simulator import World
-from deploy.simulation.fibers import Draws, Fiber
+from deploy.simulation.fibers import Fiber
 
 
 class Program:
@@ -27,12 +21,6 @@ class Program:
 
     def note(self, what: Any) -> None:
         self.seen.append((what, round(self.world.now, 9)))
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as threads:
-        yield threads
 
 
 def end(world: World) -> None:
@@ -130,37 +118,12 @@ def test_a_killed_program_passes_its_finally_blocks_and_they_cannot_wait() -> No
     assert (unborn.seen, unborn.ended) == ([], [])
 
 
-def test_what_a_killed_program_computes_comes_to_an_end_and_to_nothing(pool: ThreadPoolExecutor) -> None:
-    world, go, computed = World(), threading.Event(), []
-
-    def work() -> None:
-        assert go.wait(10)
-        computed.append(random.random())
-
-    def run(self: Program) -> None:
-        self.fiber.compute(pool, draws, work, 1.0)
-        self.note("never")
-
-    draws = Draws(1)
-    program = Program(world, run)
-    world.run_for(0.5)
-    program.fiber.kill()
-    end(world)
-    go.set()
-    assert pool.submit(lambda: len(computed)).result() == 1
-    assert program.seen == program.ended == []
-
-
-@pytest.mark.parametrize("where", ["program", "computed"])
-def test_whoever_stops_the_run_is_not_kept_waiting(where: str, pool: ThreadPoolExecutor) -> None:
+def test_whoever_stops_the_run_is_not_kept_waiting() -> None:
     world = World()
-
-    def interrupted() -> None:
-        raise KeyboardInterrupt
 
     def run(self: Program) -> None:
         try:
-            self.fiber.compute(pool, Draws(1), interrupted, 1.0) if where == "computed" else interrupted()
+            raise KeyboardInterrupt
         finally:
             self.note("finally")
             self.fiber.wait(5.0)
@@ -173,29 +136,3 @@ def test_whoever_stops_the_run_is_not_kept_waiting(where: str, pool: ThreadPoolE
     assert program.fiber.over
     assert program.ended == []
     end(world)
-
-
-def test_each_program_draws_as_if_it_were_alone(pool: ThreadPoolExecutor) -> None:
-    def drawn(seeds: tuple[int, ...]) -> dict[int, list[Any]]:
-        world, found = World(), {seed: list[Any]() for seed in seeds}
-
-        def run(seed: int) -> Any:
-            def work() -> None:
-                found[seed].append((random.random(), np.random.random(), float(torch.rand(()))))
-
-            def program(self: Program) -> None:
-                draws = Draws(seed)
-                for _ in range(5):
-                    self.fiber.compute(pool, draws, work, 1.0 + seed / 10)
-
-            return program
-
-        programs = [Program(world, run(seed)) for seed in seeds]
-        end(world)
-        assert [program.ended for program in programs] == [[None]] * len(seeds)
-        return found
-
-    together = drawn((1, 2, 3))
-    for seed in together:
-        assert drawn((seed,))[seed] == together[seed]
-    assert together[1] != together[2]

@@ -44,7 +44,10 @@ def test_nothing_wrong_is_no_fault() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"compute": "0"}, "takes no time"),
+        ({"compute": "0"}, "take no time"),
+        ({"compute": "normal:0,1"}, "take no time"),
+        ({"compute": "1e6"}, "the slowest step takes 1,000,000 s"),
+        ({"compute": "10min", "stragglers": "1:7"}, "the slowest step takes 4,200 s"),
         ({"compute": "gauss:1,2"}, "no distribution 'gauss'"),
         ({"network": "fast"}, "--network: 'fast' is not a duration"),
         ({"stragglers": "4"}, "COUNT:FACTOR"),
@@ -53,6 +56,10 @@ def test_nothing_wrong_is_no_fault() -> None:
         ({"stragglers": "inf%:2"}, "COUNT:FACTOR"),
         ({"stragglers": "99999999999999%:2"}, "of 10 workers slow"),
         ({"faults": "los=0.1"}, "did you mean 'loss'"),
+        ({"faults": "loss"}, "'loss' does not say how much. Such as loss=0.1."),
+        ({"faults": "cuts"}, "'cuts' does not say how often. Such as cuts=60s."),
+        ({"faults": "cuts=1us"}, "breaks without end: less than 0.1 s"),
+        ({"faults": "worker_crashes=10ms"}, "breaks without end"),
         ({"faults": "loss=2"}, "not a share"),
         ({"faults": "cuts=0"}, "breaks without end"),
         ({"faults": "loss=0.6,duplicate=0.6"}, "shares of one whole"),

@@ -227,6 +227,14 @@ def test_unknown_codec_is_refused() -> None:
     assert "int8" in answer.sentence
 
 
+def test_a_worker_has_to_know_the_codec_by_its_bare_name_and_feedback_where_it_is_used() -> None:
+    assert Hand(Desk(codec="topk:0.05")).hello(codecs=("fp32", "topk")).code == "unknown_codec"
+    for codec, known in (("topk:0.05", ("fp32", "ef", "topk")), ("plain:int4:32", ("fp32", "int4"))):
+        welcome = Hand(Desk(codec=codec, seed=7)).hello(codecs=known)
+        assert welcome.settings["codec"] == codec
+        assert welcome.settings["seed"] == 7
+
+
 def test_inner_optimizer_that_the_rule_does_not_take_is_refused() -> None:
     desk = Desk(rule="gem")
     answer = Hand(desk).hello(optimizer=Optimizer("Adam", 1e-3, 0.0, 1, False, 0.0))
