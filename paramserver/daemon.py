@@ -193,7 +193,7 @@ class Daemon:
         self._timer = None
         self._log.flush()
         self._recorder.flush()
-        self._handle(Tick())
+        self._handle_and_receive(Tick())
 
     def _readable(self) -> None:
         """Take a batch of messages; the descriptor is edge-triggered, so come back until nothing is left."""
@@ -202,18 +202,21 @@ class Daemon:
                 return
             message = self._endpoint.receive()
             if message is None:
-                self._release()
+                if self._release():
+                    continue  # what there was to say then may have used up the descriptor's edge
                 return
             self._handle(Received(*message))
         self._release()
         self._loop.call_soon(self._readable)
 
-    def _release(self) -> None:
-        """Tell the core which buffers are free again; ask again soon while some are not."""
-        for hold in self._endpoint.released():
+    def _release(self) -> bool:
+        """Tell the core which buffers are free again, if any are; ask again soon while some are not."""
+        released = self._endpoint.released()
+        for hold in released:
             self._handle(Released(hold))
         if self._endpoint.holding and self._release_timer is None and not self._stopped.is_set():
             self._release_timer = self._loop.call_later(RELEASE_POLL_S, self._release_again)
+        return bool(released)
 
     def _release_again(self) -> None:
         self._release_timer = None
