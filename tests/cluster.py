@@ -149,7 +149,7 @@ class CheckedLink(Link):
 
 def _copied(frames: Sequence[Buffer]) -> list[bytes]:
     copies = [bytes(frame) for frame in frames]
-    wire.decode(copies)
+    wire.decode(copies[:2])  # a third is a pointer, which no core sees
     return copies
 
 
@@ -236,7 +236,7 @@ class Trainer:
         self.next = max(self.next, s + 1)
         self.in_flight = s
         plan = self.core.plan(self.cluster.settings.codec)
-        data = np.zeros(plan.bytes, np.uint8)
+        data = self.staging(plan.bytes)
         plan.encode(self.update(s), data)
         chunks = len(plan.chunks)
         ready = chunks if chunks == 1 else self.cluster.random.randrange(chunks)
@@ -245,13 +245,17 @@ class Trainer:
         if ready < chunks:
             self.cluster.after(0.001, partial(self.cluster.work, self, worker.Encoded(chunks)))
 
+    def staging(self, size: int) -> U8:
+        """(size,) where the next push is encoded."""
+        return np.zeros(size, np.uint8)
+
     def update(self, s: int) -> F32:
         """(elements,) what update `s` pushes."""
         return self.cluster.model.update(self.row, s)
 
     def hears(self, frames: Sequence[Buffer]) -> None:
         """Note what the wire tells and the core keeps to itself."""
-        match wire.decode(frames):
+        match wire.decode(frames, payload_bytes=LONGEST_BYTES):
             case Ack(outcome="applied", number=number) as ack if number:
                 self.versions[ack.session, number] = ack.version
                 self.durable[ack.durable.epoch] = max(ack.durable, self.durable.get(ack.durable.epoch, NOWHERE))
@@ -316,6 +320,10 @@ class Trainer:
 
 class Cluster:
     """One server, some workers, a disk, and time."""
+
+    machine = ""
+    """The server's, where memory is shared."""
+    link: type[CheckedLink] = CheckedLink
 
     def __init__(
         self,
@@ -414,7 +422,7 @@ class Cluster:
 
     def dialled(self, trainer: Trainer) -> CheckedLink:
         """A fresh connection, under a name that was never used."""
-        link = CheckedLink(self, trainer.host, b"peer-%d" % next(self._count))
+        link = self.link(self, trainer.host, b"peer-%d" % next(self._count))
         self.links[link.peer] = link
         return link
 
@@ -427,7 +435,11 @@ class Cluster:
             recovered = recovered_from(self.disk)
             self.recoveries[epoch] = self.disk.version
         core = ServerCore(
-            self.settings, epoch=epoch, token=lambda: f"t{epoch}-{next(self._count)}", recovered=recovered
+            self.settings,
+            epoch=epoch,
+            token=lambda: f"t{epoch}-{next(self._count)}",
+            recovered=recovered,
+            machine=self.machine,
         )
         self.live(core, core, core.start(self.now))
 

@@ -64,6 +64,8 @@ PAUSE_S = 1.0
 LEAVE_TIMEOUT_S = 1.0
 LOST_ON_THE_WAY = frozenset((Code.BAD_CHUNK, Code.TRUNCATED))
 """Nothing is wrong with what was sent: send it again."""
+ADOPTED = ("rule", "codec", "fragments")
+"""Settings that updates are made by, adopted for good when a worker joins."""
 LOSSLESS = "fp32"
 NO_SCALARS = Scalars(0.0, 0, 0, 0.0)
 
@@ -476,6 +478,11 @@ class WorkerCore:
         heard_of = m.welcome is not None and m.welcome.init in (welcome.init, "have")
         if not first_of_connection and (heard_of or self.phase == "joined"):
             return  # said before, or overtaken by newer news
+        if m.welcome is not None and (changed := [k for k in ADOPTED if m.welcome.settings[k] != welcome.settings[k]]):
+            before, now = (", ".join(f"{k} {w.settings[k]}" for k in changed) for w in (m.welcome, welcome))
+            sentence = f"The server has come back with {now}; this worker joined it with {before}."
+            self._fail(Refused(Code.UNEXPECTED, sentence, fix="Start the worker anew."))
+            return
         known_before = bool(m.token)
         m.welcome, m.worker = welcome, welcome.worker
         m.known = max(m.known, welcome.version)

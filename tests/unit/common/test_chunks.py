@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from typing import Any
+
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +18,10 @@ from common.codecs.base import BLOCK_ELEMENTS, F32
 from common.errors import CodecError
 from common.layout import Layout, Tensor
 from common.wire import PAYLOAD_BYTES
+from tests.contract.test_codecs import EVERY
 
+CHANGING_S = 0.1
+"""How long each codec is given bytes that change."""
 every_codec = pytest.mark.parametrize("codec", codecs.names())
 
 
@@ -171,3 +179,51 @@ def test_where_encoding_changes_nothing_the_vector_is_encoded_in_place() -> None
     with pytest.raises(CodecError):
         made.encode(flat, data)
     assert plan(layout_of(200, 70_001, 9), "int8").in_place(np.zeros(10, np.uint8)) is None
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def _scribble(data: Any, good: Any, bad: Any, running: Any) -> None:
+    """Bytes that pass, in turn with such as need not, a stretch at a time, until told to stop."""
+    state, rounds = np.uint64(88172645463325252), 0
+    while running[0]:
+        state ^= state << np.uint64(13)
+        state ^= state >> np.uint64(7)
+        state ^= state << np.uint64(17)
+        first = np.int64(state % np.uint64(data.size))
+        last = min(first + 64, data.size)
+        source = bad if rounds % 2 else good
+        data[first:last] = source[first:last]
+        if rounds % 256 == 255:
+            data[:] = good
+        rounds += 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_taken_is_what_was_checked_though_it_changes_meanwhile(name: str) -> None:
+    """It may lie in the memory of a worker that goes on writing: looked at twice, it would be two different things."""
+    layout = Layout((Tensor("w", (200, 1000), "float32", "parameter"), Tensor("b", (5,), "float32", "parameter")))
+    found = plan(layout, name)
+    random = np.random.default_rng(1)
+    good, slot = (np.zeros(found.bytes, np.uint8) for _ in range(2))
+    found.encode(random.normal(size=layout.elements).astype(np.float32), good)
+    bad = random.integers(0, 256, found.bytes, np.uint8)
+    payload, running = good.copy(), np.ones(1, np.int8)
+    _scribble(payload, good, bad, np.zeros(1, np.int8))
+    thread = threading.Thread(target=_scribble, args=(payload, good, bad, running))
+    thread.start()
+    flat = np.zeros(layout.elements, np.float32)
+    try:
+        deadline = time.monotonic() + CHANGING_S
+        while time.monotonic() < deadline:
+            for chunk in found.chunks:
+                piece = payload[chunk.offset : chunk.offset + chunk.size]
+                try:
+                    found.take(chunk, piece, slot)
+                except CodecError:
+                    continue
+                found.check(slot, chunk)
+                found.decode(slot, flat, chunk.first, chunk.last)
+                assert np.isfinite(flat).all()
+    finally:
+        running[0] = 0
+        thread.join()

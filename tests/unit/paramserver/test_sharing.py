@@ -14,6 +14,7 @@ import pytest
 
 from common import chunks, rules
 from common.codecs.base import U8
+from common.config import ServerSettings
 from common.layout import Layout
 from common.messages import (
     Ack,
@@ -34,6 +35,7 @@ from common.node import Unsendable
 from common.wire import encode
 from paramserver import memory, status
 from paramserver.core import Attached, Stop
+from paramserver.daemon import warm
 from tests.cluster import LARGE, POISON, SMALL, Desk, Hand
 from tests.unit.paramserver.test_core import BOTH
 
@@ -541,3 +543,17 @@ def test_welcome_after_a_lost_one_names_the_machine() -> None:
     [*_, welcome] = [hand.hello(), *hand.heard(Welcome)]
     assert welcome.settings["machine"] == HERE
     assert not hand.heard(Grant)
+
+
+def test_the_kernels_that_read_memory_of_workers_are_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written to is another kernel: compiled with the first push, it would keep everybody waiting."""
+    taken: list[bool] = []
+    take = chunks.Plan.take
+
+    def spy(plan: chunks.Plan, chunk: chunks.Chunk, payload: U8, data: U8) -> None:
+        taken.append(payload.flags.writeable)
+        take(plan, chunk, payload, data)
+
+    monkeypatch.setattr(chunks.Plan, "take", spy)
+    warm(ServerSettings())
+    assert set(taken) == {True, False}

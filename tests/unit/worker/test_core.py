@@ -769,6 +769,27 @@ def test_observer_never_resumes_nor_anchors() -> None:
     assert bench.told(Hello)[-1].resume is None
 
 
+@pytest.mark.parametrize("resumed", ["live", "record", "new"])
+def test_a_server_that_comes_back_with_another_codec_is_sent_nothing(resumed: Any) -> None:
+    """The trainer encodes by what it adopted: taken for bf16, half of its bytes would pass, and mean nothing."""
+    bench = joined(LARGE)
+    bench.pushes()
+    bench.does(worker.LinkLost())
+    bench.told()
+    bench.news()
+    session = "s" if resumed != "new" else "other"
+    settings = SETTINGS | {"codec": "bf16", "lease_s": 20.0}
+    bench.hears(bench.welcome(connection=2, resumed=resumed, session=session, settings=settings))
+    [failed] = bench.news()
+    assert isinstance(failed, worker.Failed)
+    assert "come back with codec bf16" in failed.error.sentence
+    assert "joined it with codec fp32" in failed.error.sentence
+    assert failed.error.fix
+    bench.pushes()
+    bench.wait(60.0)
+    assert not bench.told()
+
+
 # Shared memory
 
 MINE, THEIRS = Place(1, 2, 3, "aa"), Place(4, 5, 6, "bb")
