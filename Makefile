@@ -32,7 +32,7 @@ bench: $(STAMP)  ## time one exchange against the peers
 	$(BIN)/python -m benchmarks roundtrip
 
 benchmarks: $(STAMP)  ## all benchmarks of the data plane, into runs/benchmarks: half an hour
-	for name in roundtrip apply exchanges overhead scaling memory; do \
+	for name in roundtrip apply codecs exchanges overhead scaling memory; do \
 		$(BIN)/python -m benchmarks $$name --json runs/benchmarks/$$name.json || exit; done
 
 slow: $(STAMP)  ## the slow tests only

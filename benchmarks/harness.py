@@ -96,9 +96,11 @@ class Competitor(NamedTuple):
         """Its processes run inside the block, and are stopped after it."""
         for process in self.processes:
             process.resume()
-        yield
-        for process in self.processes:
-            process.suspend()
+        try:
+            yield
+        finally:
+            for process in self.processes:
+                process.suspend()
 
 
 class Case(NamedTuple):
@@ -153,16 +155,28 @@ class Result:
 
 
 def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Result]:
-    """Open all cases, let them take turns for `warmup` and then `rounds` rounds, verify each, close them."""
-    seconds: list[list[float]] = [[] for _ in cases]
+    """Open all cases, let them take turns for `warmup` and then `rounds` rounds, verify each, close them.
+
+    A peer that does not get ready is left out, and said to be: none of ours may.
+    """
+    seconds: list[list[float]] = []
     with ExitStack() as stack:
         competitors: list[Competitor] = []
+        found: list[Case] = []
         for case in cases:  # one after the other: dozens of processes that start together run into the limits of some
             competitor = stack.enter_context(case.open())
             stack.callback(_resume, competitor)
-            with competitor.turn():
-                competitor.ready()
+            try:
+                with competitor.turn():
+                    competitor.ready()
+            except BenchmarkError as error:
+                if not case.peer:
+                    raise
+                Console(stderr=True).print(f"{case.name} is left out: {error}", highlight=False)
+                continue
             competitors.append(competitor)
+            found.append(case)
+            seconds.append([])
         for turn in range(warmup + rounds):
             for taken, competitor in zip(seconds, competitors, strict=True):
                 with competitor.turn():
@@ -172,7 +186,7 @@ def measure(cases: Sequence[Case], rounds: int, *, warmup: int = 2) -> list[Resu
         for competitor in competitors:
             with competitor.turn():
                 competitor.verify()
-    return [Result(case, tuple(taken)) for case, taken in zip(cases, seconds, strict=True)]
+    return [Result(case, tuple(taken)) for case, taken in zip(found, seconds, strict=True)]
 
 
 def _resume(competitor: Competitor) -> None:

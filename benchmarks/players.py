@@ -412,6 +412,7 @@ class RayCrowd:
         actor = ray.remote(num_cpus=0)
         center = actor(_RayCenter).remote(elements)
         self._workers = [actor(_RayWorker).remote(center, elements) for _ in range(workers)]
+        self.exchanges(0)  # they start when they are first asked for something
 
     def windows(self, window_s: float) -> list[list[float]]:
         """The seconds of each exchange of each worker, all at the same time, for so long."""

@@ -45,7 +45,7 @@ DIVERGED = "Training diverged"
 Data = Annotated[Path, typer.Option("--data", help="Folder of data sets.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each case, from seeds 0, 1, ...")]
 Processes = Annotated[
-    int, typer.Option("--processes", min=1, help="Simulations at one time; each uses about 1.5 cores.")
+    int, typer.Option("--processes", min=1, help="Simulations at one time; one alone uses all cores.")
 ]
 Keep = Annotated[
     Path | None, typer.Option("--keep", file_okay=False, help="Keep the runs here, and do not repeat those kept.")

@@ -3,9 +3,11 @@
     bare        batch, zero_grad, loss, backward, optimizer step, in a plain loop over the workers' models
     simulated   `paramserver simulate`: the same steps, and sessions, cores, wire messages, kernels and virtual time
 
-Both use one thread of torch. The simulator computes gradients on a thread of its own, ahead of virtual time, while
-another does the rest: on one core both add up (`cpu`), on two the rest is hidden (`wall`). Starting and ending, and
-looks at the center, are not counted. The two take turns; ratios are of medians.
+Both use one thread of torch. The simulator computes the gradients of as many workers at one time as there are cores,
+each in the worker's own process, and everything else beside them: `wall` falls with every core, and may be below 1,
+while `cpu` says what simulating costs, the workers' processes counted. How long workers take to be born and to load
+what they need is in both; what comes before the first of them and after the last one, and looks at the center, in
+neither. The two take turns; ratios are of medians.
 """
 
 from __future__ import annotations

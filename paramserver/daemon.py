@@ -193,24 +193,22 @@ class Daemon:
         self._timer = None
         self._log.flush()
         self._recorder.flush()
-        self._handle_and_receive(Tick())
+        self._handle(Tick())
 
     def _readable(self) -> None:
-        """Take a batch of messages; the descriptor is edge-triggered, so come back until nothing is left."""
+        """Take a batch of messages; the descriptor is edge-triggered, and sending uses an edge up too: so come back
+        until nothing is left, and nothing was sent since."""
         for _ in range(BATCH_MESSAGES):
             if self._stopped.is_set():
                 return
-            message = self._endpoint.receive()
-            if message is None:
-                if self._release():
-                    continue  # what there was to say then may have used up the descriptor's edge
+            if (message := self._endpoint.receive()) is not None:
+                self._handle(Received(*message))
+            elif not self._release():
                 return
-            self._handle(Received(*message))
-        self._release()
         self._loop.call_soon(self._readable)
 
     def _release(self) -> bool:
-        """Tell the core which buffers are free again, if any are; ask again soon while some are not."""
+        """Tell the core which buffers are free again, and whether there were any; ask again soon while some are not."""
         released = self._endpoint.released()
         for hold in released:
             self._handle(Released(hold))

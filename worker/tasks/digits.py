@@ -12,7 +12,7 @@ Data: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998, of
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -76,8 +76,9 @@ def make(context: Context) -> Task:
     )
 
 
+@cache
 def _digits() -> tuple[Tensor, Tensor]:
-    """(1797, 1, 8, 8) float32 pixels from 0 to 16, (1797,) int64 labels."""
+    """(1797, 1, 8, 8) float32 pixels from 0 to 16, (1797,) int64 labels; read once, and not to be changed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:

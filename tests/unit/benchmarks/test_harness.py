@@ -72,6 +72,22 @@ def test_a_fast_wrong_answer_fails() -> None:
     assert track.log[-1] == "close a"
 
 
+def test_a_peer_that_does_not_get_ready_is_left_out_and_one_of_ours_may_not(capsys: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def broken() -> Iterator[Competitor]:
+        yield Competitor(fails, lambda: 0.0, lambda: None, ())
+
+    def fails() -> None:
+        raise BenchmarkError("no such thing here")
+
+    track = Track()
+    peer = Case("peer", 1, 1, peer=True, open=broken)
+    assert [one.case.name for one in harness.measure([peer, track.case("a", 9, 1)], rounds=1, warmup=1)] == ["a"]
+    assert "peer is left out: no such thing here" in capsys.readouterr().err
+    with pytest.raises(BenchmarkError, match="no such thing"):
+        harness.measure([peer._replace(peer=False)], rounds=1)
+
+
 def test_an_interrupt_closes_everything() -> None:
     track = Track()
     with pytest.raises(KeyboardInterrupt):
