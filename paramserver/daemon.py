@@ -193,7 +193,7 @@ class Daemon:
         self._timer = None
         self._log.flush()
         self._recorder.flush()
-        self._handle(Tick())
+        self._handle_and_receive(Tick())
 
     def _readable(self) -> None:
         """Take a batch of messages; the descriptor is edge-triggered, and sending uses an edge up too: so come back
