@@ -591,6 +591,45 @@ def test_what_is_shared_is_part_of_the_sum() -> None:
     assert grown == plan.per_session + per_worker == plan.total(2, 1) - plan.total(1)
 
 
+def test_the_limit_counts_what_is_about_to_be_shared() -> None:
+    """Attaching takes time: those who ask meanwhile are not all given what is there once."""
+    settings = desk(LARGE, rule="gem", pool_mib=12).settings
+    plan = memory.plan(settings, LARGE)
+    limit = -(-plan.total(3, 1) // 2**20)
+    assert plan.total(3, 2) > limit << 20
+    found = desk(LARGE, rule="gem", pool_mib=12, memory_limit_mib=limit)
+    hands = [found.join(name) for name in "abc"]
+    for hand in hands:
+        hand.share()
+    assert len(found.attaching) == 1
+    for hand in hands[1:]:
+        [shared] = hand.heard(Shared)
+        assert "memory_limit_mib" in shared.sentence
+    found.attach()
+    assert status.describe(found.core, found.now)["memory_bytes"] <= limit << 20
+    hands[0].bye()
+    again = hands[1].resume(0)
+    again.share()
+    assert len(found.attaching) == 1, "there is room again"
+    found.cannot_attach()
+    assert found.core.state.sharing == 0
+
+
+def test_who_joins_later_finds_what_is_left_by_those_who_share() -> None:
+    settings = desk(LARGE, rule="gem", pool_mib=12).settings
+    plan = memory.plan(settings, LARGE)
+    limit = -(-plan.total(1, 1) // 2**20)
+    assert plan.total(2) <= limit << 20 < plan.total(2, 1)
+    found = desk(LARGE, rule="gem", pool_mib=12, memory_limit_mib=limit)
+    first, _ = sharing(found, "a")
+    refused = Hand(found, "b").hello()
+    assert isinstance(refused, Fault)
+    assert refused.code == "full"
+    assert "--no-shared-memory" in refused.fix
+    first.resume(0)  # on this connection it has offered none yet
+    assert isinstance(Hand(found, "b").hello(), Welcome)
+
+
 def test_welcome_after_a_lost_one_names_the_machine() -> None:
     found = desk()
     hand = found.join()
