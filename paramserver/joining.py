@@ -300,7 +300,8 @@ class Joining:
         if limit is None:
             return
         try:
-            needed = memory.plan(self._state.settings, layout).total(len(self._state.members) + newcomers)
+            workers = len(self._state.members) + newcomers
+            needed = memory.plan(self._state.settings, layout).total(workers, self._state.sharing)
         except ConfigError as error:
             raise PeerError(Code.FULL, error.sentence, fix=error.fix) from None
         if needed > limit << 20:

@@ -184,6 +184,8 @@ class Session:
     """Where this connection's replies to pushes lie, and its worker reads them; None: they are sent."""
     offered: int = 0
     """The connection on which it offered memory of its own."""
+    lent: bool = False
+    """Whether memory is shared with it, or is about to be."""
     order: Order | None = None
     """The latest order, under a rule that schedules."""
     last_order: int = 0

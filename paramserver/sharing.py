@@ -79,14 +79,14 @@ class Sharing:
         shard = self._state.hosted.shard
         update_bytes, reply_bytes = (max(plan.bytes for plan in plans) for plans in (shard.ups, shard.downs))
         peer, connection = session.peer, session.connection
+        session.lent = True
         self._out.add(Attach(peer, session.token, connection, message.place, update_bytes, reply_bytes))
 
     def _has_room(self) -> bool:
         state = self._state
         limit = state.settings.memory_limit_mib
-        sharing = sum(member.memory is not None for member in state.members) + 1
         plan = memory.plan(state.settings, state.hosted.shard.layout)
-        return limit is None or plan.total(len(state.members), sharing) <= limit << 20
+        return limit is None or plan.total(len(state.members), state.sharing + 1) <= limit << 20
 
     def attached(self, event: Attached) -> None:
         """The shell has mapped it, or could not."""
@@ -95,12 +95,14 @@ class Sharing:
             self._out.add(Detach(event.peer))
             return
         session.memory = event.memory
+        session.lent = event.memory is not None
         if event.memory is None:
             self._out.say("info", f"{session.worker} is sent messages; no memory is shared: {event.sentence}")
         self._tell(session, event.place, event.sentence)
 
     def stop(self, session: Session) -> None:
         """Its connection is over."""
+        session.lent = False
         if session.memory is not None:
             session.memory = None
             self._out.add(Detach(session.peer))

@@ -142,6 +142,11 @@ class ServerState:
         return max(round(s.local_steps * session.pace.steps_per_s / fastest), 1)
 
     @property
+    def sharing(self) -> int:
+        """Workers with which memory is shared, or is about to be."""
+        return sum(member.lent for member in self.members)
+
+    @property
     def loads(self) -> list[Load]:
         """What the live workers have in flight."""
         return [member.counters.load for member in self.members]

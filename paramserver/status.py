@@ -86,8 +86,7 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
 
 def _memory_bytes(core: ServerCore, shard: Shard) -> int:
     """What the server needs as things are now: the stated sum."""
-    sharing = sum(member.memory is not None for member in core.members)
-    return memory.plan(core.settings, shard.layout).total(len(core.members), sharing)
+    return memory.plan(core.settings, shard.layout).total(len(core.members), core.state.sharing)
 
 
 def encode(values: dict[str, Any]) -> bytes:

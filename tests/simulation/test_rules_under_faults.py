@@ -118,9 +118,9 @@ class Elastic(Leaver):
         assert arrays.replica.tobytes() == self.anchor[:n].tobytes(), f"{self}: replica and anchor differ"
 
 
-def ran(seed: int, faults: Faults, check: Any, **changes: Any) -> Cluster:
+def ran(seed: int, faults: Faults, check: Any, *, kind: type[Cluster] = Cluster, **changes: Any) -> Cluster:
     """One run, checked; a failure says how to repeat it."""
-    cluster = Cluster(seed, faults=faults, **changes)
+    cluster = kind(seed, faults=faults, **changes)
     try:
         cluster.run()
         cluster.run_for(3 * cluster.settings.lease_s)  # also those whose Bye was lost are gone

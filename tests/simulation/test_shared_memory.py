@@ -28,6 +28,15 @@ from common.transports.base import SERVER
 from paramserver.core import Attach, Attached, Detach
 from tests.cluster import CheckedLink, Cluster, Faults, Trainer, check_counting
 from tests.simulation.test_exactly_once import FAULTS, REAL, REPLAY, seeds
+from tests.simulation.test_rules_under_faults import (
+    NO_CRASH,
+    Elastic,
+    Leaver,
+    Rounder,
+    check_elastic,
+    check_rounds,
+    ran,
+)
 from worker import core as worker
 
 POISON = 0x7F
@@ -94,7 +103,7 @@ class SharedLink(CheckedLink):
             self.worker.handle(Received(SERVER, self._found(frames, self.theirs)))
 
 
-class SharingTrainer(Trainer):
+class Shares(Trainer):
     """Encodes every push in the same memory, and attaches the server's."""
 
     cluster: SharingCluster
@@ -126,6 +135,18 @@ class SharingTrainer(Trainer):
             self.link.mine = self.memory
 
 
+class SharingRounder(Shares, Rounder):
+    """Under rounds: replies that come late."""
+
+
+class SharingElastic(Shares, Elastic):
+    """Under elastic averaging: replies that are owed."""
+
+
+class SharingLeaver(Shares, Leaver):
+    """Says Bye once it is done."""
+
+
 class Given(NamedTuple):
     """What the server shares with a peer: it writes `memory`, and reads `theirs`."""
 
@@ -140,12 +161,12 @@ class SharingCluster(Cluster):
     machine = "here"
     link = SharedLink
 
-    def __init__(self, seed: int, **changes: Any) -> None:
+    def __init__(self, seed: int, *, trainer: type[Shares] = Shares, **changes: Any) -> None:
         self.memories: dict[str, U8] = {}
         """By mark, all that there is."""
         self.shared: dict[bytes, Given] = {}
         self.given = self.ended = 0
-        super().__init__(seed, trainer=SharingTrainer, **changes)
+        super().__init__(seed, trainer=trainer, **changes)
 
     def made(self, size: int) -> tuple[str, U8]:
         """Fresh memory, poisoned, and its mark."""
@@ -153,7 +174,7 @@ class SharingCluster(Cluster):
         self.memories[mark] = np.full(size, POISON, np.uint8)
         return mark, self.memories[mark]
 
-    def trainer_of(self, link: SharedLink) -> SharingTrainer:
+    def trainer_of(self, link: SharedLink) -> Shares:
         """Whose link it is."""
         return next(trainer for trainer in self.trainers if trainer.host is link.worker)  # type: ignore[return-value]
 
@@ -233,6 +254,44 @@ def test_pushes_of_several_chunks(name: str) -> None:
     assert SharedLink.pointed
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_rounds(name: str) -> None:
+    """Who is held reads its reply where that was written long after its push."""
+    SharedLink.pointed = 0
+    for seed in seeds(2):
+        settings = {"rule": "local_sgd"}
+        updates = 25 if "crash" in name or name == "everything" else 10
+        ran(
+            seed,
+            FAULTS[name],
+            check_rounds,
+            kind=SharingCluster,
+            updates=updates,
+            settings=settings,
+            trainer=SharingRounder,
+        )
+    assert SharedLink.pointed
+
+
+@pytest.mark.parametrize("name", NO_CRASH)
+def test_elastic_averaging(name: str) -> None:
+    """What is owed is sent again byte for byte, though the memory it lies in was another connection's."""
+    SharedLink.pointed = 0
+    for seed in seeds(2):
+        settings = {"rule": "easgd", "rule_settings": {"beta": 0.5}, "workers": 2}
+        ran(
+            seed, FAULTS[name], check_elastic, kind=SharingCluster, updates=8, settings=settings, trainer=SharingElastic
+        )
+    assert SharedLink.pointed
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_clocks_with_a_gap(name: str) -> None:
+    for seed in seeds(2):
+        settings = {"max_clock_gap": 1}
+        ran(seed, FAULTS[name], check_counting, kind=SharingCluster, settings=settings, trainer=SharingLeaver)
+
+
 def test_under_cuts_it_ends_as_often_as_it_begins() -> None:
     clusters = [counted(seed, "cuts", updates=40) for seed in seeds(SEEDS)]
     assert all(cluster.ended > 3 for cluster in clusters)
@@ -243,7 +302,7 @@ def test_the_cluster_sees_what_it_is_there_to_see() -> None:
     """A trainer that writes its next push too early, and a server that answers the next before the last was read."""
     cluster = SharingCluster(1, workers=1, faults=Faults(delay_s=0.05))
     trainer = cluster.trainers[0]
-    assert isinstance(trainer, SharingTrainer)
+    assert isinstance(trainer, Shares)
 
     def overwrite() -> None:
         trainer.memory[:] = POISON

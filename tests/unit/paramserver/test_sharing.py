@@ -251,7 +251,7 @@ def test_what_is_offered_twice_on_a_connection_counts_once() -> None:
 def test_replies_are_the_same_bytes_with_and_without_it(
     rule: str, codec: str, reply_codec: str, layout: Layout
 ) -> None:
-    """Under every rule; and those of a push whose worker has the center back lie in the memory."""
+    """Under every rule; and all that answer a push, at once or late, lie in the memory."""
     random = np.random.default_rng(3)
     values = [random.normal(size=layout.elements).astype(np.float32) for _ in range(2)]
     outcomes = []
@@ -284,10 +284,7 @@ def test_replies_are_the_same_bytes_with_and_without_it(
         if shares:
             pushed = [m for hand in hands for m, _ in replies(found, hand) if isinstance(m, Ack)]
             lying = [m for m in pushed if any(lies_in(found, memory, m) for memory in given.values())]
-            held = {(peer, m.number) for peer, m in found.sent if isinstance(m, Ack) and m.outcome == "held"}
-            assert len(lying) == len(pushed) - len(held), (
-                "all but those that were held lie in the memory, and come whole"
-            )
+            assert len(lying) == len(pushed), "all of them lie in the memory, and come whole"
             assert all(found.core.sessions[hand.session].memory is given[hand.peer] for hand in hands)
         else:
             assert layout is SMALL or not whole
@@ -331,18 +328,76 @@ def test_more_asked_of_a_reply_that_came_whole_sends_nothing() -> None:
     assert hand.heard() == []
 
 
-def test_held_pushes_are_answered_in_messages() -> None:
+def test_late_replies_lie_in_it_too() -> None:
+    """Whoever is held waits for nothing else."""
     found = desk(LARGE, rule="local_sgd", workers=2)
-    (a, given), (b, _) = sharing(found, "a"), sharing(found, "b")
+    (a, first), (b, second) = sharing(found, "a"), sharing(found, "b")
     assert a.push(1, 1.0).outcome == "held"
-    assert (given == POISON).all()
+    assert (first == POISON).all()
     b.push(1, 3.0)
-    assert (given == POISON).all(), "it was not pushing"
-    [ack] = [m for m in a.heard(Ack) if m.outcome == "applied"]
-    a.more(ack.reply.id)
-    last = replies(found, a)[-1]
-    assert last[0] is ack
-    assert set(np.frombuffer(last[1], np.float32)) == {2.0, 0.0}
+    for hand, given in ((a, first), (b, second)):
+        [ack] = [
+            m
+            for peer, m in found.sent
+            if peer == hand.peer and isinstance(m, Ack) and m.outcome == "applied" and m.number
+        ]
+        assert lies_in(found, given, ack)
+        assert set(np.frombuffer(ack.payload, np.float32)) == {2.0, 0.0}
+
+
+@pytest.mark.parametrize("when", ["before the round closes", "when its reply is encoded"])
+def test_late_reply_to_a_connection_that_is_replaced(when: str) -> None:
+    found = desk(LARGE, rule="local_sgd", workers=2)
+    (a, old), (b, _) = sharing(found, "a"), sharing(found, "b")
+    a.push(1, 1.0)
+    late = when == "when its reply is encoded"
+    if not late:
+        again = a.resume(1)
+        again.share()
+        new = found.attach()
+        again.send(again.begun(1))
+    found.by_itself = False
+    for message in b.pieces(1, 3.0):
+        b.send(message)
+    found.work()
+    if late:
+        again = a.resume(1)
+        again.share()
+        new = found.attach()
+    found.by_itself = True
+    found.finish()
+    if late:
+        again.send(again.begun(1))
+    assert again.welcome.resumed == "live"
+    [ack] = [m for m in again.heard(Ack) if m.outcome == "applied"]
+    assert (ack.number, set(np.frombuffer(ack.payload, np.float32))) == (1, {2.0, 0.0})
+    assert lies_in(found, new, ack)
+    assert not lies_in(found, old, ack)
+    assert a.heard(Ack) == []
+
+
+def test_what_is_owed_is_the_same_bytes_on_every_connection() -> None:
+    """It lies in the memory of the first; that of the others stays as it is until their first push."""
+    found = desk(LARGE, rule="easgd", workers=2)
+    a, given = sharing(found, "a")
+    b = found.join("b")
+    a.push(1, 4.0)
+    expected = given.tobytes()
+    b.push(1, 8.0)
+    for shares in (False, True, True):
+        a = a.resume(1)
+        new = None
+        if shares:
+            a.share()
+            new = found.attach()
+        a.push(1, 4.0)
+        assert replies(found, a)[-1][1] == expected
+        assert given.tobytes() == expected
+        assert new is None or (new == POISON).all()
+    ack = a.push(2, 1.0)
+    assert new is not None
+    assert lies_in(found, new, ack)
+    assert given.tobytes() == expected
 
 
 def test_a_refused_push_writes_nothing() -> None:
@@ -392,12 +447,11 @@ def test_connection_that_is_replaced_while_its_push_is_applied(rule: str, shares
         assert (new == POISON).all(), "what was written for the old connection is not in the memory of the new"
         second = again.push(2, 2.0)
         assert lies_in(found, new, second)
-    elif rule != "easgd":
-        assert old.tobytes() == expected
+    assert old.tobytes() == expected
     assert found.detached == [hand.peer]
     found.finish()
     assert again.push(3, 1.0).outcome == "applied"
-    assert found.state()[2] == (rule == "easgd"), "one reply is owed, or none"
+    assert found.state()[2] == (rule == "easgd" and new is None), "one reply is owed in its slot, or none"
 
 
 def test_memory_that_is_there_only_when_the_job_runs_is_not_written_to() -> None:
@@ -526,15 +580,54 @@ def test_status_tells_who_shares() -> None:
     assert rows == {"a": True, "b": False}
 
 
-def test_the_memory_of_a_worker_is_part_of_the_sum() -> None:
-    """Where it can be: that of the replies, for the worker's own is its own."""
-    plan = chunks.plan(LARGE, "int8")
-    on, off = (desk(LARGE, reply_codec="int8", shared_memory=shared).settings for shared in (True, False))
-    assert memory.plan(on, LARGE).per_session == memory.plan(off, LARGE).per_session
-    for workers in (0, 1, 3):
-        assert memory.plan(on, LARGE).total(workers) - memory.plan(off, LARGE).total(workers) == workers * plan.bytes
-    saved = [memory.plan(s.model_copy(update={"directory": "d"}), LARGE).total(3) for s in (on, off)]
-    assert saved[0] - saved[1] == 3 * plan.bytes, "it is in no checkpoint"
+def test_what_is_shared_is_part_of_the_sum() -> None:
+    found = desk(LARGE, reply_codec="bf16")
+    found.join("b")
+    before = status.describe(found.core, found.now)["memory_bytes"]
+    sharing(found, "a")
+    grown = status.describe(found.core, found.now)["memory_bytes"] - before
+    per_worker = chunks.plan(LARGE, "fp32").bytes + chunks.plan(LARGE, "bf16").bytes
+    plan = memory.plan(found.settings, LARGE)
+    assert grown == plan.per_session + per_worker == plan.total(2, 1) - plan.total(1)
+
+
+def test_the_limit_counts_what_is_about_to_be_shared() -> None:
+    """Attaching takes time: those who ask meanwhile are not all given what is there once."""
+    settings = desk(LARGE, rule="gem", pool_mib=12).settings
+    plan = memory.plan(settings, LARGE)
+    limit = -(-plan.total(3, 1) // 2**20)
+    assert plan.total(3, 2) > limit << 20
+    found = desk(LARGE, rule="gem", pool_mib=12, memory_limit_mib=limit)
+    hands = [found.join(name) for name in "abc"]
+    for hand in hands:
+        hand.share()
+    assert len(found.attaching) == 1
+    for hand in hands[1:]:
+        [shared] = hand.heard(Shared)
+        assert "memory_limit_mib" in shared.sentence
+    found.attach()
+    assert status.describe(found.core, found.now)["memory_bytes"] <= limit << 20
+    hands[0].bye()
+    again = hands[1].resume(0)
+    again.share()
+    assert len(found.attaching) == 1, "there is room again"
+    found.cannot_attach()
+    assert found.core.state.sharing == 0
+
+
+def test_who_joins_later_finds_what_is_left_by_those_who_share() -> None:
+    settings = desk(LARGE, rule="gem", pool_mib=12).settings
+    plan = memory.plan(settings, LARGE)
+    limit = -(-plan.total(1, 1) // 2**20)
+    assert plan.total(2) <= limit << 20 < plan.total(2, 1)
+    found = desk(LARGE, rule="gem", pool_mib=12, memory_limit_mib=limit)
+    first, _ = sharing(found, "a")
+    refused = Hand(found, "b").hello()
+    assert isinstance(refused, Fault)
+    assert refused.code == "full"
+    assert "--no-shared-memory" in refused.fix
+    first.resume(0)  # on this connection it has offered none yet
+    assert isinstance(Hand(found, "b").hello(), Welcome)
 
 
 def test_welcome_after_a_lost_one_names_the_machine() -> None:
