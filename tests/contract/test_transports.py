@@ -433,7 +433,7 @@ class Sharing:
     def point(self, at: int, size: int, mark: bytes | None = None) -> list[Any]:
         """What the listener makes of a pointer, whoever wrote it."""
         mark = bytes.fromhex(self.up.place.mark) if mark is None else mark
-        self.dialer._socket.send_multipart([b"header", b"", POINTER.pack(mark, at, size)])
+        self.dialer._socket.send_multipart([b"header", POINTER.pack(mark, at, size)])
         return received(self.listener)[1]
 
     def lies_in(self, memory: Memory, buffer: Any) -> bool:
@@ -525,30 +525,36 @@ def test_pointers_out_of_the_memory_are_nothing(sharing: Sharing, at: int, size:
     assert (bytes(header), len(payload)) == (b"header", 0)
 
 
-def test_pointers_into_memory_that_is_not_shared_are_nothing(sharing: Sharing, sockets: Wires) -> None:
+def test_pointers_into_memory_that_is_not_shared_are_payloads_like_others(sharing: Sharing, sockets: Wires) -> None:
     """With another mark, by a peer that shares nothing, and one peer into the memory of another."""
     for mark in (bytes(MARK_BYTES), bytes.fromhex(sharing.down.place.mark)):
-        assert len(sharing.point(0, 100, mark)[1]) == 0
+        assert bytes(sharing.point(0, 100, mark)[1]) == POINTER.pack(mark, 0, 100)
     stranger, _ = sockets.met()
-    for mark in (b"", bytes.fromhex(sharing.up.place.mark)):
-        stranger._socket.send_multipart([b"header", b"", POINTER.pack(mark, 0, 0 if not mark else 100)])
-        assert len(received(sockets.listener)[1][1]) == 0
+    for mark in (bytes(MARK_BYTES), bytes.fromhex(sharing.up.place.mark)):
+        stranger._socket.send_multipart([b"header", POINTER.pack(mark, 0, 100)])
+        assert bytes(received(sockets.listener)[1][1]) == POINTER.pack(mark, 0, 100)
     assert len(sharing.point(0, 100)[1]) == 100, "whose it is still points"
 
 
-@pytest.mark.parametrize("pointer", [b"", b"x", bytes(POINTER.size - 1), bytes(POINTER.size + 1), bytes(1000)])
-def test_third_frames_that_are_no_pointer_are_passed_on_for_the_wire_to_refuse(
-    sharing: Sharing, pointer: bytes
-) -> None:
-    sharing.dialer._socket.send_multipart([b"header", b"", pointer])
-    assert [bytes(frame) for frame in received(sharing.listener)[1]] == [b"header", b"", pointer]
+@pytest.mark.parametrize("size", [1, POINTER.size - 1, POINTER.size, POINTER.size + 1, 1000])
+def test_payloads_that_are_no_pointer_are_passed_on(sharing: Sharing, size: int) -> None:
+    """Also such as begin with the mark and are longer, and those of other numbers of frames, for the wire to refuse."""
+    mark = bytes.fromhex(sharing.up.place.mark)
+    payloads = [bytes(size), os.urandom(size)] + [(mark + bytes(1000))[:size]] * (size != POINTER.size)
+    for payload in payloads:
+        sharing.dialer._socket.send_multipart([b"header", payload])
+        assert [bytes(frame) for frame in received(sharing.listener)[1]] == [b"header", payload]
+    pointer = POINTER.pack(mark, 0, 100)
+    for frames in ([pointer], [b"header", b"", pointer], [b"header", pointer, pointer]):
+        sharing.dialer._socket.send_multipart(frames)
+        assert [bytes(frame) for frame in received(sharing.listener)[1]] == frames
 
 
 def test_after_it_ends_payloads_travel_in_messages_again(sharing: Sharing) -> None:
     kept = sharing.point(0, 100)[1]
     sharing.listener.unshare(sharing.peer)
     sharing.listener.unshare(sharing.peer)
-    assert len(sharing.point(0, 100)[1]) == 0
+    assert len(sharing.point(0, 100)[1]) == POINTER.size, "as it is, for the core to refuse"
     assert "no longer shared" in sharing.listener.send(sharing.peer, [b"h", sharing.down.data.data], hold=4)
     assert sharing.listener.released() == []
     whole = sharing.down.data[:PAYLOAD_BYTES]
@@ -563,7 +569,7 @@ def test_after_it_ends_payloads_travel_in_messages_again(sharing: Sharing) -> No
 def test_memory_that_is_shared_anew_replaces_the_old(sharing: Sharing) -> None:
     old, new = sharing.up, Memory.make(SHARED_BYTES)
     sharing.listener.share(sharing.peer, None, sharing.offered(new))
-    assert len(sharing.point(0, 100)[1]) == 0, "the old mark"
+    assert len(sharing.point(0, 100)[1]) == POINTER.size, "the old mark means nothing"
     new.data[:100] = 1
     assert bytes(sharing.point(0, 100, bytes.fromhex(new.place.mark))[1]) == bytes([1]) * 100
     assert sharing.listener.send(sharing.peer, [b"h", sharing.down.data.data]) == "", "the other way is as it was"
