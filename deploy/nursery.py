@@ -96,15 +96,17 @@ class Line:
 class Family(Line):
     """Members that share what was prepared for all."""
 
-    def __init__(self, parent: Line, line: socket.socket, number: int) -> None:
+    def __init__(self, nursery: Nursery, line: socket.socket, number: int) -> None:
         super().__init__(line)
-        self._parent, self._number = parent, number
+        self._nursery, self._number = nursery, number
+        nursery.families.add(number)
 
     def close(self) -> None:
         """End its members and the family; nothing of it is left."""
         super().close()
-        with suppress(ParamserverError):
-            self._parent.reap(self._number)
+        with suppress(ParamserverError), _lock:
+            self._nursery.families.discard(self._number)
+            self._nursery.reap(self._number)
 
 
 class Nursery(Line):
@@ -113,6 +115,7 @@ class Nursery(Line):
     def __init__(self) -> None:
         line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(line)
+        self.families: set[int] = set()
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with theirs:
             command = [sys.executable, "-P", "-m", "deploy.nursery", str(theirs.fileno())]
@@ -131,6 +134,8 @@ class Nursery(Line):
     def close(self) -> None:
         """End it, and whatever it started."""
         super().close()
+        if not self.families:
+            self._process.kill()  # it may still be importing
         self._process.wait()
 
 

@@ -48,7 +48,7 @@ HELPERS_OF_ALGORITHMS = {f"common.{name}" for name in ("buffers", "discovery", "
 RULE_HELPERS = {"common.rules.base", "common.rules.elastic", "common.rules.rounds"}
 CODEC_HELPERS = {f"common.codecs.{name}" for name in ("base", "draws", "parts", "tensors")}
 
-SPEAKS_TO_ITSELF = {"deploy.simulation.remote"}
+SPEAKS_TO_ITSELF = {"deploy.simulation.pipe"}
 """Exchanges Python objects with processes that it forked, over pipes that nobody else can reach."""
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -306,7 +306,7 @@ BAD = [
     (nothing_received_is_executed, "common.wire", "from marshal import loads"),
     (nothing_received_is_executed, "worker.loop", "import torch\ntorch.load(path, weights_only=True)"),
     (nothing_received_is_executed, "deploy.simulation.cores", "import pickle"),
-    (nothing_received_is_executed, "deploy.simulation.remote", "import marshal\neval('1')"),
+    (nothing_received_is_executed, "deploy.simulation.pipe", "import marshal\neval('1')"),
     (nothing_received_is_executed, "worker.loop", "import torch as t\nt.load(path)"),
     (nothing_received_is_executed, "worker.loop", "from torch import load"),
     (nothing_received_is_executed, "deploy.cli", "eval('1')"),
@@ -331,7 +331,7 @@ GOOD = [
     (safe_kernels, "common.kernels", "'''fastmath and parallel=True are banned'''\nnumba.njit(parallel=False)"),
     (nothing_received_is_executed, "worker.loop", "model.eval()\njson.load(f)\nspec.loader.exec_module(m)"),
     (nothing_received_is_executed, "benchmarks.roundtrip", "import pickle"),
-    (nothing_received_is_executed, "deploy.simulation.remote", "import pickle"),
+    (nothing_received_is_executed, "deploy.simulation.pipe", "import pickle"),
     (says_what_it_is, "common.wire", "'''Bytes.'''"),
 ]
 

@@ -9,7 +9,7 @@ Laws
 * The report is that of a live run; its seconds are virtual. What is made up stands in it as `simulated`.
 * Workers are processes and share nothing but what they read; whatever ends one of them ends no other, and however a
   simulation ends, none of them is left.
-* Imports go one way: `cluster` > `workers` > `cores`, `carrier` > `remote`, `fibers`, `server`, `scenario`.
+* Imports go one way: `cluster` > `workers` > `cores`, `carrier`, `remote` > `pipe`, `fibers`, `server`, `scenario`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ Left out: what is reported (`deploy.simulation`).
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -55,8 +56,8 @@ LEAVE_LEASES = 4
 
 
 class Cluster:
-    """One server, its workers, and what befalls them. at_once: workers that compute at one time; None: as many as there
-    are cores."""
+    """One server, its workers, and what befalls them. at_once: workers that compute at one time; None: as many as
+    there are cores for."""
 
     def __init__(self, plan: Plan, scenario: Scenario, say: Say, *, at_once: int | None = None) -> None:
         self._plan, self._scenario = plan, scenario
@@ -70,8 +71,17 @@ class Cluster:
             model_seed=plan.seed,
             threads=plan.threads,
         )
-        self._cores = Cores(family, at_once, len(plan.devices))
-        daemon.warm(settings)
+        try:
+            at_once = at_once or max(1, len(os.sched_getaffinity(0)) // plan.threads)
+            self._cores = Cores(family, at_once, len(plan.devices))
+            daemon.warm(settings)
+            self._make(say)
+        except BaseException:
+            family.close()
+            raise
+
+    def _make(self, say: Say) -> None:
+        plan, scenario, settings = self._plan, self._scenario, self._plan.server.settings
         torch.set_num_threads(plan.threads)
         self._ether = ether = Ether(scenario, plan.seed, say)
         self.world = ether.world

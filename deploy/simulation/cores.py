@@ -29,7 +29,7 @@ from contextlib import suppress
 
 from common.errors import ParamserverError
 from deploy.nursery import Family
-from deploy.simulation.remote import Go, Life, Pipe, Said, Told
+from deploy.simulation.pipe import Go, Life, Pipe, Said, Told
 
 DESCRIPTORS_EACH = 6
 """Open ones of this process, for each worker."""
@@ -108,6 +108,9 @@ class Process:
             words = self._cores.family.reap(self.number)
             self._said = WorkerEnded(f"{self.name} {words}, before its training was over.")
             self._close()
+        except Exception as error:
+            self._said = WorkerEnded(f"{self.name} said what cannot be read: {error!r}.")
+            self.end()
 
     def _close(self) -> None:
         self.over = True
@@ -118,11 +121,11 @@ class Process:
 class Cores:
     """The processes of `family`, of which so many compute `at_once`."""
 
-    def __init__(self, family: Family, at_once: int | None, workers: int) -> None:
+    def __init__(self, family: Family, at_once: int, workers: int) -> None:
         self.family = family
         self.used_s = 0.0
         """CPU time of all processes that ever were, as they said last."""
-        self._at_once = at_once or len(os.sched_getaffinity(0))
+        self._at_once = at_once
         self._poll = select.epoll()
         self._processes: dict[int, Process] = {}
         self._wanted: list[tuple[float, int, Process]] = []

@@ -29,7 +29,8 @@ from deploy.screens import Say
 from deploy.simulation.carrier import SimulatedCarrier
 from deploy.simulation.cores import Cores
 from deploy.simulation.fibers import Fiber
-from deploy.simulation.remote import Carry, Close, Compute, Computed, End, Life, Said, Told, Wait, seed
+from deploy.simulation.pipe import Carry, Close, Compute, Computed, End, Life, Said, Told, Wait
+from deploy.simulation.remote import seed
 from deploy.simulation.scenario import Scenario
 from worker.core import PushWanted, WorkerCore
 from worker.driver import Machine
