@@ -395,8 +395,10 @@ def test_coming_and_going_leaks_nothing(tmp_path: Path, times: int) -> None:
         for number in range(times):
             come_and_go(f"w{number}")
         until(lambda: held(pid(server))[1] == 2, "the end of what was shared")
-        until(lambda: held(pid(server)) == before[0], "its descriptors")
-        assert held(os.getpid()) == before[1]
+        # no more than before: then, too, a connection may not have been gone yet
+        until(lambda: held(pid(server))[0] <= before[0][0], "its descriptors")
+        until(lambda: held(os.getpid()) <= before[1], "our descriptors")
+        assert held(os.getpid())[1] == before[1][1]
         assert resident_mib(pid(server)) < before[2] + 8 + times * 0.02, "a record of each remains"
         first.leave()
         assert json.dumps(server.status())
