@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -64,14 +64,6 @@ class Recovered:
     record: dict[str, Any] = field(repr=False)
 
 
-class _Mark(NamedTuple):
-    """Tells one state from another: what a rule decided, or who joined, is worth a checkpoint as an update is."""
-
-    version: Version
-    decisions: Any
-    sessions: tuple[str, ...]
-
-
 class Durability:
     """Checkpoints of one server; does nothing where it has no directory."""
 
@@ -82,9 +74,6 @@ class Durability:
         self._due: float | None = None
         self._failures = 0
         self._shadow: dict[str, F32] = {}
-        self._kept: _Mark | None = None
-        """What the last checkpoint that was written is of; None before there is one in this life."""
-        self._copying: _Mark | None = None
         self.saving = False
         """From the moment a checkpoint is due until it is written or has failed."""
 
@@ -97,9 +86,9 @@ class Durability:
     def needed(self) -> bool:
         """Whether there is anything that is not durable."""
         state = self._state
-        if not state.settings.directory or not state.initialised or state.diverged:
-            return False
-        return state.durable < state.version if self._kept is None else self._kept != self._mark()
+        return bool(
+            state.settings.directory and state.initialised and not state.diverged and state.durable < state.version
+        )
 
     def tick(self) -> None:
         """Save, if it is due."""
@@ -125,7 +114,6 @@ class Durability:
                 self.saving = False
                 return None
             sources.update(self._arrays())
-            self._copying = self._mark()
             kept = {name: a for name, a in self._shadow.items() if name in sources and a.shape == sources[name].shape}
             # pages of a fresh one come as the copy fills it, on the kernels' threads
             self._shadow = {
@@ -141,7 +129,6 @@ class Durability:
         """The shell has written a checkpoint."""
         self.saving = False
         self._failures = 0
-        self._kept = self._copying
         self._state.unsaved_since = None
         self._state.durable = version
         rest_s = max(self._state.settings.checkpoint_interval_s, seconds / SAVE_SHARE - seconds)
@@ -169,11 +156,6 @@ class Durability:
             if session.buffers is not None:
                 arrays[f"buffers.{session.token}"] = session.buffers.copy()
         self._out.add(Save(self._state.version, arrays, self._record()))
-
-    def _mark(self) -> _Mark:
-        """Of the state as it is now."""
-        state = self._state
-        return _Mark(state.version, state.hosted.shard.decisions, tuple(state.sessions))
 
     def _arrays(self) -> dict[str, F32]:
         """Every array of the state that is as long as the model, by its name in a checkpoint."""

@@ -1039,18 +1039,6 @@ def test_initial_weights_are_saved_at_once_so_that_a_crash_leaves_a_server_that_
     assert center(life) == {5.0}
 
 
-def test_who_joined_and_what_a_rule_decided_is_saved_though_the_center_stands_still() -> None:
-    desk = Desk(lease_s=1000, **SAVING)
-    desk.join("a")
-    desk.wait(11.0)
-    assert not desk.saves, "nothing is new"
-    young = desk.join("young")
-    desk.wait(11.0)
-    [save] = desk.saves
-    assert save.version == (1, 0)
-    assert young.session in {record["token"] for record in save.record["sessions"]}
-
-
 def test_counts_of_a_worker_survive_a_crash() -> None:
     desk = Desk(lease_s=1000, **SAVING)
     hand = desk.join("a")
