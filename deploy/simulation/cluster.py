@@ -45,6 +45,8 @@ SHOW_S = 0.2
 """Of real time, between two looks of the person who watches."""
 AWAY_S = (0.5, 2.0)
 """A crashed server is away for so long, at least and at most; a crashed worker, too."""
+SPARE = 1
+"""So many workers more than there are cores compute at one time: one or the other always waits for a word."""
 START_S = 1e-3
 """Workers start so far apart."""
 STILL_LEASES, STILL_STEPS = 100, 1000
@@ -57,7 +59,7 @@ LEAVE_LEASES = 4
 
 class Cluster:
     """One server, its workers, and what befalls them. at_once: workers that compute at one time; None: as many as
-    there are cores for."""
+    there are cores for, and a spare one."""
 
     def __init__(self, plan: Plan, scenario: Scenario, say: Say, *, at_once: int | None = None) -> None:
         self._plan, self._scenario = plan, scenario
@@ -72,7 +74,7 @@ class Cluster:
             threads=plan.threads,
         )
         try:
-            at_once = at_once or max(1, len(os.sched_getaffinity(0)) // plan.threads)
+            at_once = at_once or len(os.sched_getaffinity(0)) // plan.threads + SPARE
             self._cores = Cores(family, at_once, len(plan.devices))
             daemon.warm(settings)
             self._make(say)
