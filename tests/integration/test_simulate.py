@@ -27,6 +27,10 @@ FOR_RULE: dict[str, dict[str, Any]] = {
 }
 
 
+KINDS = ("gem", "fedbuff", "easgd", "lsgd", "diloco")
+"""One rule of each kind: answered at once, held, elastic, scheduled, in rounds. The others are slow tests."""
+
+
 def simulate(directory: Path, rule: str = "gem", *, workers: int = 4, updates: int = 60, **more: Any) -> dict[str, Any]:
     """A small run; `more` are settings of the server, or words of the scenario."""
     words: dict[str, Any] = {
@@ -54,7 +58,9 @@ def without_real_time(report: dict[str, Any]) -> dict[str, Any]:
     return kept | {"simulated": {k: v for k, v in report["simulated"].items() if "seconds" not in k}}
 
 
-@pytest.mark.parametrize("rule", rules.names())
+@pytest.mark.parametrize(
+    "rule", [rule if rule in KINDS else pytest.param(rule, marks=pytest.mark.slow) for rule in rules.names()]
+)
 def test_one_seed_is_one_run_under_every_rule_and_with_faults(rule: str, tmp_path: Path) -> None:
     one, two = (simulate(tmp_path / n, rule, faults=FAULTS, **FOR_RULE.get(rule, {})) for n in ("one", "two"))
     assert one["center_sha256"] == two["center_sha256"]
