@@ -1,7 +1,7 @@
 """Processes that are born with their libraries: forked, whenever one is wanted, from one that does nothing else.
 
     nursery.start()                                   early: it takes its time, beside whatever comes next
-    family = nursery.family("package.module:prepare", wanted=...)
+    family = nursery.family("package.module:prepare", wanted=...); family.wait()
     number = family.fork(descriptor, ...)             a process; it runs what prepare(wanted=...) returned
     family.kill(number); family.reap(number)          end it; wait for it and learn how it ended
     family.close()                                    nothing of it is left
@@ -101,6 +101,15 @@ class Family(Line):
         self._nursery, self._number = nursery, number
         nursery.families.add(number)
 
+    def wait(self) -> None:
+        """Until it is prepared; raises ParamserverError where it cannot be."""
+        with suppress(OSError):
+            if self._line.recv(REQUEST_BYTES):
+                return
+        raise ParamserverError(
+            "The process that starts the others ended before it was prepared; what it said is above."
+        )
+
     def close(self) -> None:
         """End its members and the family; nothing of it is left."""
         super().close()
@@ -184,7 +193,9 @@ def _family(descriptor: int) -> None:
         return
     sys.path[:] = setup["path"]
     os.chdir(setup["directory"])
-    _serve(line, _function(setup["prepare"])(**setup["wanted"]), 0.0)
+    live = _function(setup["prepare"])(**setup["wanted"])
+    line.send(b"prepared")
+    _serve(line, live, 0.0)
 
 
 def _function(name: str) -> Callable[..., Any]:

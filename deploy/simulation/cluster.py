@@ -78,6 +78,7 @@ class Cluster:
             self._cores = Cores(family, at_once, len(plan.devices))
             daemon.warm(settings)
             self._make(say)
+            family.wait()
         except BaseException:
             family.close()
             raise

@@ -32,6 +32,7 @@ class Member:
 @pytest.fixture
 def family() -> Iterator[Family]:
     made = nursery.family("tests.members:prepare", word="hello")
+    made.wait()
     yield made
     made.close()
 
@@ -62,6 +63,7 @@ def test_how_a_member_ended_is_said_and_the_next_one_lives(family: Family, order
 
 def test_a_member_that_is_killed_is_gone_and_so_are_all_with_their_family() -> None:
     family = nursery.family("tests.members:prepare", word="")
+    family.wait()
     one, two = (Member(family) for _ in range(2))
     pids = [int(member.ask("say")[1]) for member in (one, two)]
     parent = int(two.ask("say")[2])
@@ -76,17 +78,8 @@ def test_a_member_that_is_killed_is_gone_and_so_are_all_with_their_family() -> N
         member.line.close()
 
 
-def test_a_family_that_cannot_be_prepared_has_no_members() -> None:
+def test_a_family_that_cannot_be_prepared_is_told() -> None:
     family = nursery.family("tests.members:refuse")
-    try:
-        until(lambda: _refused(family), "the end of the family")
-    finally:
-        family.close()
-
-
-def _refused(family: Family) -> bool:
-    try:
-        family.fork()
-    except ParamserverError as error:
-        return "is gone" in str(error)
-    return False
+    with pytest.raises(ParamserverError, match="before it was prepared"):
+        family.wait()
+    family.close()
