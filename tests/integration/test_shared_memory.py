@@ -140,7 +140,15 @@ def trained(address: str) -> tuple[bytes, bytes]:
     return tuple(flat(m.parameters()).detach().numpy().tobytes() for m in (center, model))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("flags", [(), ("--rule", "easgd"), ("--codec", "int8", "--reply-codec", "bf16")], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("--rule", "easgd"), marks=pytest.mark.slow),
+        ("--codec", "int8", "--reply-codec", "bf16"),
+    ],
+    ids=" ".join,
+)
 def test_training_is_the_same_bit_for_bit_with_and_without_it(tmp_path: Path, flags: tuple[str, ...]) -> None:
     found = []
     for index, more in enumerate(((), ("--no-shared-memory",))):

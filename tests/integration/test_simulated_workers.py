@@ -169,7 +169,10 @@ def test_a_worker_killed_from_outside_is_told_and_the_others_go_on(simulated: Pr
     assert "worker-1 was ended by SIGKILL, before its training was over." in simulated.text
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_simulation_that_is_stopped_leaves_no_process(
     simulated: Process, tmp_path: Path, number: int, code: int
 ) -> None:

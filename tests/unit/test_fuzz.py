@@ -34,7 +34,7 @@ PROFILE = {
     "suppress_health_check": list(HealthCheck),
 }
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300")) // 2
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150")) // 2
 """Of each codec, half of them bytes, half vectors."""
 
 integers = st.sampled_from([0, 1, 2, 3, 2**31, 2**53 - 1]) | st.integers(0, 2**53 - 1)

@@ -20,6 +20,7 @@ WORDS = ("--rule", "gem", "--workers", "2", "--budget-updates", "80", "--evaluat
 SMALL = Run("small", WORDS, {"rule": "gem", "workers": 2, "seed": 0})
 
 
+@pytest.mark.slow
 def test_a_run_is_what_the_command_gives_and_is_kept(tmp_path: Path) -> None:
     [done] = simulated.run_all([SMALL], processes=1, keep=tmp_path)
     assert sum(map(len, done.losses.values())) == done.report["updates"] == 80
@@ -56,6 +57,7 @@ def test_every_rule_has_its_cases() -> None:
     assert steps["dc_asgd"] == 1
 
 
+@pytest.mark.slow
 def test_replication_lowers_the_bound_and_the_estimate_is_near_it() -> None:
     torch.set_num_threads(1)
     passed = list(tasks.load("digits").make(Context()).batches)
