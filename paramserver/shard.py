@@ -83,6 +83,8 @@ class Shard:
         parts = rule.fragments(config)
         self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        self.longest_update = max(up.bytes for up in self.ups)
+        """Bytes of the longest fragment of an update."""
         self._spare: list[Arrays] = []
         self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
 
