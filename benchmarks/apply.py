@@ -190,7 +190,7 @@ def _tried(settings: ServerSettings, number: int, effects: tuple[Effect, ...]) -
         """Whether the work finds all finite, where one vector holds nothing but NaN."""
         for index, (name, vector) in enumerate(vectors.items()):
             vector.fill(np.nan if name == spoiled else 1.0 + index / 128)
-        return work.run(0, work.parts, np.zeros(BLOCK_ELEMENTS, np.float32))
+        return bool(work.run(0, work.parts, np.zeros(BLOCK_ELEMENTS, np.float32)))
 
     fill("")
     changed = tuple(name for index, name in enumerate(vectors) if (vectors[name] != 1.0 + index / 128).any())

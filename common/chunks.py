@@ -91,13 +91,13 @@ class Plan(NamedTuple):
             encoded, elements = _encoded(block, data, 0)
             block.codec.check(encoded, elements)
 
-    def run(self, first: int, last: int) -> Chunk:
-        """The chunks [first, last) as one long one."""
-        start, end = self.chunks[first], self.chunks[last - 1]
-        return Chunk(start.first, end.last, start.offset, end.offset + end.size - start.offset)
+    def span(self, first: int, last: int) -> Chunk:
+        """Blocks [first, last) as one chunk."""
+        start, end = self.blocks[first], self.blocks[last - 1]
+        return Chunk(first, last, start.offset, end.offset + end.size - start.offset)
 
     def take(self, chunk: Chunk, payload: U8, data: U8) -> None:
-        """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError. chunk: or a run of them.
+        """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError.
 
         Block by block, while it is in the cache. It is checked where it then lies (or as it is copied), so that nobody
         can change it between the check and the use.
@@ -115,7 +115,7 @@ class Plan(NamedTuple):
                 codec.check(encoded, elements)
 
     def open(self, chunk: Chunk, payload: U8, flat: F32) -> None:
-        """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError. chunk: or a run."""
+        """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError."""
         for block in _joined(self.blocks[chunk.first : chunk.last]):
             encoded, elements = _encoded(block, payload, chunk.offset)
             x = flat[block.first : block.last]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -28,6 +29,8 @@ _intrinsic: Callable[[Any], Any] = intrinsic  # the first argument of what it de
 FAR_BYTES = 8 << 20
 """What is so long is gone from the caches before it is needed again."""
 ALIGNED_BYTES = 64
+EXPONENT = np.uint32(0x7F80_0000)
+"""Of float32: all these bits set mean NaN or infinity."""
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -39,6 +42,12 @@ def kernel(function: F) -> F:
         return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder for the cache can be written to: then every process compiles for itself
         return cast(F, numba.njit(**options)(function))
+
+
+@kernel
+def exponent(value: Any) -> Any:
+    """The bits of a float32 that are all set where it is NaN or infinite."""
+    return np.uint32(np.float32(value).view(np.uint32) & EXPONENT)
 
 
 def goes_far(out: Any, size: int) -> bool:

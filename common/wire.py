@@ -27,8 +27,8 @@ from common.messages import PROTOCOL, Buffer, Message, Version
 HEADER_BYTES = 64 * 1024
 PAYLOAD_BYTES = (1 << 20) + (1 << 16)
 """One chunk of 1 MiB and what a codec or padding may add to it."""
-MAY_LIE_IN_SHARED_MEMORY = (messages.Chunk, messages.Ack)
-"""Then the payload is as long as what it is a piece of."""
+MAY_LIE_IN_SHARED_MEMORY = (messages.Push, messages.Ack)
+"""Then the payload may be a whole update or reply."""
 STRING_BYTES = 1024
 ARRAY_ITEMS = 4096
 MAP_ITEMS = 256
@@ -56,7 +56,7 @@ def encode(message: Message) -> list[Buffer]:
 
 
 def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> Message:
-    """The message in `frames`; raises WireError. payload_bytes: longest piece of a transfer, where memory is shared."""
+    """The message in `frames`; raises WireError. payload_bytes: longest update or reply, where memory is shared."""
     if not 1 <= len(frames) <= 2:
         raise WireError(f"A message has one or two frames, not {len(frames)}.")
     if len(frames[0]) > HEADER_BYTES:

@@ -45,6 +45,10 @@ class _Push:
     effects: Sequence[Effect] = ()
     answer: Answer | None = None
     late: bool = False
+    trial: bool = False
+    """Whether it is added before it is checked."""
+    tried: bool = False
+    """Whether that came to nothing."""
     memory: U8 | None = None
     """Shared with its worker when its turn came: the reply lies there. None: it lies in the slot."""
 
@@ -78,7 +82,7 @@ class Applying:
             Job(
                 f"push {transfer.begin.number} of {session.worker}",
                 lambda: self._start(push, uplink),
-                lambda results: self._finish(push, uplink, results),
+                lambda results: self._go_on(push, uplink, results),
             )
         )
 
@@ -138,6 +142,22 @@ class Applying:
         if session.owed is not None and reply_id in session.owed.replies:
             session.go_on()
 
+    def _go_on(self, push: _Push, uplink: Uplink, results: Sequence[Any]) -> Work | None:
+        """After the update was tried, taken, or applied."""
+        session, transfer = push.session, push.transfer
+        if push.trial:
+            push.trial = False
+            if not all(results):  # it is not finite, or the center no longer: what is taken first tells which
+                session.clock -= 1
+                push.tried = True
+                return uplink.take_work(transfer)
+            self._state.hosted.shard.adopt()
+            uplink.taken(session, transfer, ())
+        elif transfer.lying is not None:
+            return self._start(push, uplink) if uplink.taken(session, transfer, results) else None
+        self._finish(push, uplink, results)
+        return None
+
     def _start(self, push: _Push, uplink: Uplink) -> Work | None:
         """The rule decides; the work that follows, or None where the push is refused."""
         session, transfer = push.session, push.transfer
@@ -158,26 +178,28 @@ class Applying:
                 transfer.begin.fragment,
             )
             weight = state.lag_weight(facts.lag_versions)
-            shard.decisions, effects = state.rule.admit(state.config, shard.decisions, facts)
+            decisions, effects = state.rule.admit(state.config, shard.decisions, facts)
         except PeerError as error:
             uplink.turn_down(session, transfer, error)
             return None
-        push.facts, push.effects = facts, weighted(effects, weight)
+        push.facts, push.effects, push.memory = facts, weighted(effects, weight), session.memory
         session.pace.pushed(facts.steps, transfer.since)
         session.clock += 1
         push.answer = reply_to(session.worker, effects)
-        if push.answer is not None and state.too_far_ahead(session):
-            push.answer, push.late = None, True
-        push.memory = session.memory
-        return shard.push_work(
-            facts.fragment,
-            slot.update,
-            session.arrays,
-            push.effects,
-            push.answer,
-            slot.reply if push.memory is None else push.memory,
-            self._buffers(session, facts.fragment),
-        )
+        push.late = push.answer is not None and state.too_far_ahead(session)
+        if push.late:
+            push.answer = None
+        out = slot.reply if push.memory is None else push.memory
+        if transfer.lying is not None:
+            undecided = decisions is shard.decisions and not push.tried
+            work = shard.trial_work(transfer.lying, push.effects, push.answer, out) if undecided else None
+            push.trial = work is not None
+            if work is None:
+                session.clock -= 1
+            return work or uplink.take_work(transfer)
+        shard.decisions = decisions
+        buffers = self._buffers(session, facts.fragment)
+        return shard.push_work(facts.fragment, slot.update, session.arrays, push.effects, push.answer, out, buffers)
 
     def _finish(self, push: _Push, uplink: Uplink, results: Sequence[bool]) -> None:
         state, shard, session = self._state, self._state.hosted.shard, push.session

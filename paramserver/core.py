@@ -206,7 +206,8 @@ class ServerCore:
             case Received(peer, frames):
                 self._received(peer, frames)
             case JobDone(job, results):
-                self.order.finish(job, results)
+                if run := self.order.finish(job, results):
+                    self.out.add(run)
             case Released(hold):
                 self.downlink.released(hold)
             case Unsendable(peer, reason):
@@ -252,7 +253,7 @@ class ServerCore:
 
     @property
     def _longest_payload(self) -> int:
-        """In shared memory all of an update that is ready is one piece."""
+        """In shared memory an update comes whole."""
         model = self.state.model
         return wire.PAYLOAD_BYTES if model is None else max(wire.PAYLOAD_BYTES, model.shard.longest_update)
 

@@ -29,7 +29,7 @@ from common.config import ServerSettings
 from common.errors import ConfigError, KernelError, ParamserverError, PeerError, StateError
 from common.layout import Layout, Tensor, center_sha256
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
-from common.rules.base import Facts, Member, reply_to
+from common.rules.base import Facts, Member, reply_to, sum_of
 from common.shared import Memory
 from paramserver.arrivals import Begin, End, Started, Stopped
 from paramserver.checkpoint import Directory, Loaded, fingerprint
@@ -350,6 +350,10 @@ def warm(settings: ServerSettings) -> None:
         )
     )
     rule, config = rules.load(settings.rule), settings.rule_config()
+    vector = np.zeros(64, np.float32)
+    lying = vector.copy()
+    lying.flags.writeable = False  # as the memory of workers is
+    sum_of(vector, lying, np.float32(1.0), vector.copy(), vector.copy(), 0)
     shard = Shard(
         layout, rule, config, settings.terms(), codec=settings.codec, reply_codec=settings.reply_codec, epoch=0
     )

@@ -1,6 +1,6 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
-center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow
+center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow + second center
 + workers of this machine x (their updates, our replies) that lie in memory shared with them
 """
 
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from common import chunks, rules
 from common.config import ServerSettings
 from common.layout import Layout
+from common.rules.base import add_update
+from paramserver.shard import adds_plainly
 from paramserver.slots import slot_count
 from paramserver.snapshots import BUFFERS
 
@@ -21,6 +23,8 @@ class MemoryPlan(NamedTuple):
     """Bytes of each part."""
 
     center: int
+    second: int
+    """The center that is made while an update is checked, where memory may be shared."""
     rule_state: int
     per_session: int
     arrays: int
@@ -37,14 +41,16 @@ class MemoryPlan(NamedTuple):
     def total(self, sessions: int, sharing: int = 0) -> int:
         """Bytes with that many workers, of which so many share memory with the server."""
         state = self.center + self.rule_state + sessions * self.per_session
-        return state * (2 if self.saved else 1) + self.pool + sharing * self.shared
+        return state * (2 if self.saved else 1) + self.second + self.pool + sharing * self.shared
 
     def sentence(self, sessions: int) -> str:
         """The sum in words, for `serve`."""
         shadow = " twice, for checkpoints," if self.saved else ""
+        second = f" + next center {_mib(self.second)}" if self.second else ""
         return (
             f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
-            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once) = "
+            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once)"
+            f"{second} = "
             f"{_mib(self.total(sessions))}; {_mib(self.shared)} more for each that shares memory."
         )
 
@@ -57,9 +63,11 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     vector = FLOAT_BYTES * layout.parameters
     session_vectors = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     snapshots = BUFFERS * down.bytes
+    shares = settings.shared_memory and not settings.arrivals
     count = slot_count((settings.pool_mib << 20) - snapshots, up.bytes + down.bytes, settings.max_sessions)
     return MemoryPlan(
         center=FLOAT_BYTES * layout.elements,
+        second=FLOAT_BYTES * layout.elements if shares and adds_plainly(rule, config, up, down, layout) else 0,
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
@@ -79,8 +87,10 @@ def before_the_model(settings: ServerSettings) -> str:
     vectors = 1 + _vectors(rule.state(config, settings.overlap, 1, "float32"))
     arrays = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     shadow = "2 x " if settings.directory else ""
+    plain = settings.shared_memory and not settings.arrivals and rule.apply is add_update
+    second = " + 4N bytes for the next center, where updates and replies are plain," if plain else ""
     return (
-        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes"
+        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{second}"
         f" + a pool of at most {settings.pool_mib} MiB for transfers."
     )
 

@@ -3,7 +3,7 @@
 Laws
 * A push enters when it is committed; pushes leave in the order they entered.
 * A pull goes before waiting pushes, never into one that runs; but of two jobs in a row one is a push, where one waits.
-* A job that started is finished: `current` is None again only through `finish`.
+* A job that started is finished: `current` is None again only through `finish`. Nothing comes between its parts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common.node import Run
 from paramserver.shard import Work
@@ -23,7 +24,8 @@ class Job:
     name: str
     start: Callable[[], Work | None]
     """None: there is nothing to do any more; the job is skipped."""
-    finish: Callable[[Sequence[bool]], None]
+    finish: Callable[[Sequence[Any]], Work | None]
+    """More work, which then runs first."""
 
 
 class WorkOrder:
@@ -55,12 +57,18 @@ class WorkOrder:
             job = (self._pulls if self._pulled else self._waiting).popleft()
             if (work := job.start()) is not None:
                 self.current = job
-                self._last_id += 1
-                return Run(self._last_id, *work)
+                return self._run(work)
         return None
 
-    def finish(self, job_id: int, results: Sequence[bool]) -> None:
-        """The running job is done."""
+    def finish(self, job_id: int, results: Sequence[Any]) -> Run | None:
+        """The work that runs is done; what the same job does next."""
         assert self.current is not None and job_id == self._last_id, f"job {job_id} is not the one that runs: {self!r}"
         job, self.current = self.current, None
-        job.finish(results)
+        if (work := job.finish(results)) is None:
+            return None
+        self.current = job
+        return self._run(work)
+
+    def _run(self, work: Work) -> Run:
+        self._last_id += 1
+        return Run(self._last_id, *work)

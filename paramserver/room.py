@@ -105,7 +105,7 @@ class Room:
 
     def _missing_bytes(self, layout: Layout, workers: int, arrays: int) -> int:
         plan, model = self._plan(layout), self._state.model
-        missing = 0 if model else plan.center + plan.rule_state + plan.snapshots
+        missing = 0 if model else plan.center + plan.second + plan.rule_state + plan.snapshots
         slots = model.slots.missing(workers) if model else min(workers, plan.slots)
         sets = max(arrays - model.shard.spare_arrays, 0) if model else arrays
         return missing + slots * plan.per_slot + sets * plan.arrays
@@ -139,6 +139,7 @@ class Room:
             codec=s.codec,
             reply_codec=s.reply_codec,
             epoch=state.epoch,
+            second=bool(state.machine),
         )
         slots = Slots(self._plan(layout).slots, max(up.bytes for up in shard.ups), max(d.bytes for d in shard.downs))
         return Hosted(shard, slots, Snapshots(shard.down.bytes))

@@ -55,6 +55,8 @@ class Transfer:
     """Chunks below this index may be sent."""
     scalars: Scalars | None = None
     """Set by Commit."""
+    lying: U8 | None = None
+    """All of it, in memory that its worker writes; None once it was taken from there, or came in messages."""
 
     @property
     def committed(self) -> bool:

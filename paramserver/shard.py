@@ -7,7 +7,8 @@ Laws
 * `version` counts changes of the center. An update is applied whole: between two jobs the center is one version.
 * Work is handed out as functions over a range of blocks; ranges of one job may run on any threads at once, because
   blocks are disjoint. The shard never runs two jobs at once; the core sees to that.
-* Where an update is only added, it is decoded in the pass that adds it: nothing lies in between.
+* Where an update is only added, it is decoded in the pass that adds it: nothing lies in between. Where neither it nor
+  the reply are encoded, it may be added before it is checked, into a second center that only then becomes the center.
 * A reply is encoded in the same pass that applies the update, while the block is in cache.
 * A part of a job reports whether what it wrote is finite: training that diverges is noticed at the version where it
   happens.
@@ -38,16 +39,17 @@ from common.rules.base import (
     add_update,
     changes_center,
     perform,
+    sum_of,
 )
 
 
 class Work(NamedTuple):
-    """A job over `parts` blocks; run(first, last, scratch) does those in [first, last), and says whether all that it
-    wrote or read is finite."""
+    """A job over `parts` blocks; run(first, last, scratch) does those in [first, last), and says of the center whether
+    all that it wrote or read is finite."""
 
     parts: int
     elements: int
-    run: Callable[[int, int, F32], bool]
+    run: Callable[[int, int, F32], Any]
 
 
 Source = tuple[str, int]
@@ -66,7 +68,16 @@ class Shard:
     """The center of one model under one rule. Sessions' arrays are made here and kept by the sessions."""
 
     def __init__(
-        self, layout: Layout, rule: Rule, config: Config, terms: Terms, *, codec: str, reply_codec: str, epoch: int
+        self,
+        layout: Layout,
+        rule: Rule,
+        config: Config,
+        terms: Terms,
+        *,
+        codec: str,
+        reply_codec: str,
+        epoch: int,
+        second: bool = False,
     ) -> None:
         self.layout = layout
         self.rule = rule
@@ -83,6 +94,9 @@ class Shard:
         parts = rule.fragments(config)
         self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        plainly = second and adds_plainly(rule, config, self.ups[0], self.down, layout)
+        self._second = zeros(layout.elements, np.float32) if plainly else None
+        """Where the next center may be made."""
         self.longest_update = max(up.bytes for up in self.ups)
         """Bytes of the longest fragment of an update."""
         self._spare: list[Arrays] = []
@@ -181,6 +195,30 @@ class Shard:
             return finite
 
         return _over(up, work)
+
+    def trial_work(self, update: U8, effects: Sequence[Effect], reply: Reply | None, out: U8) -> Work | None:
+        """Add an update that nobody has checked: it may change while it is read. Where all that comes of it is finite,
+        `adopt` makes that the center; else nothing has happened. None where that cannot be.
+
+        update: (up.bytes,); out: (down.bytes,), written where there is a `reply`.
+        """
+        added, second, plain = _only_added(self.rule, effects), self._second, 4 * self.layout.elements
+        if added is None or second is None or source_of(reply) not in (None, CENTER) or update[plain:].any():
+            return None
+        d, copy = update[:plain].view(np.float32), _NOWHERE if reply is None else out[:plain].view(np.float32)
+        out[plain : self.down.bytes] = 0
+        blocks = self.exact.blocks
+
+        def work(first: int, last: int, scratch: F32) -> bool:
+            part = slice(blocks[first].first, blocks[last - 1].last)
+            return sum_of(self.center[part], d[part], added, second[part], copy[part], plain)
+
+        return _over(self.exact, work)
+
+    def adopt(self) -> None:
+        """The second center becomes the center."""
+        assert self._second is not None
+        self.center, self._second = self._second, self.center
 
     def _add(
         self, up: Plan, first: int, last: int, update: U8, weight: np.float32, down: Plan | None, out: U8
@@ -314,6 +352,12 @@ class Shard:
         assert len(self.down.blocks) == len(self.exact.blocks)
         for up, down in zip(self.ups, self.downs, strict=True):
             assert len(up.blocks) == len(down.blocks)
+
+
+def adds_plainly(rule: Rule, config: Config, up: Plan, down: Plan, layout: Layout) -> bool:
+    """Whether the rule only adds updates, of which, as of replies, the bytes are the vector's own."""
+    plain = up.verbatim and down.verbatim and not layout.buffers and rule.fragments(config) == 1
+    return plain and rule.apply is add_update
 
 
 def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:

@@ -2,7 +2,8 @@
 
 Laws
 * A slot is reserved before the first byte moves; slots are given in order of arrival, and die with the connection.
-* The sender may have at most a window of chunks under way, where they do not lie in shared memory.
+* The sender may have at most a window of chunks under way.
+* What lies whole in shared memory is taken on the kernels' threads when its turn comes: until then nothing of it moves.
 * A decided number is never decided again: a repeat gets the original answer, and is no strike.
 * A push that breaks a rule is decided as rejected, leaves nothing behind, and is counted; three new ones within a
   minute put the worker in quarantine, each time for twice as long.
@@ -11,15 +12,18 @@ Laws
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+from common.codecs.base import F32
 from common.errors import Code, PeerError
 from common.messages import Begin, Buffer, Chunk, Commit, Grant, More, Push, Scalars
+from common.wire import PAYLOAD_BYTES
 from paramserver import intake
 from paramserver.downlink import Downlink
 from paramserver.initial import InitialWeights
 from paramserver.session import Decision, Session, Transfer
+from paramserver.shard import Work
 from paramserver.slots import Slot
 from paramserver.state import Outbox, ServerState
 
@@ -50,7 +54,7 @@ class Uplink:
         self._again = again
         self._waiting: deque[tuple[Session, Transfer]] = deque()
         self._whole: dict[str, Push] = {}
-        """Whole pushes that wait for a slot: at most one per session, each at most a chunk."""
+        """Whole pushes that wait for a slot: at most one per session, each at most a chunk or in shared memory."""
         self.drained = 0
         """Chunks of transfers that are over."""
 
@@ -158,6 +162,31 @@ class Uplink:
         """A slot is free again."""
         self._state.hosted.slots.give(slot)
 
+    def take_work(self, transfer: Transfer) -> Work:
+        """Take what lies in shared memory, each block checked as it is copied; what comes of it is for `taken`."""
+        assert transfer.slot is not None and transfer.lying is not None
+        plan = self._state.hosted.shard.ups[transfer.begin.fragment]
+        lying, update = transfer.lying, transfer.slot.update
+
+        def take(first: int, last: int, scratch: F32) -> PeerError | None:
+            span = plan.span(first, last)
+            try:
+                plan.take(span, lying[span.offset : span.offset + span.size], update)
+            except PeerError as error:
+                return error
+            return None
+
+        return Work(len(plan.blocks), plan.elements, take)
+
+    def taken(self, session: Session, transfer: Transfer, results: Sequence[PeerError | None]) -> bool:
+        """Whether all of it is taken; else the transfer broke a rule, and is over."""
+        assert transfer.lying is not None
+        session.counters.bytes_up += transfer.lying.nbytes
+        transfer.lying = None
+        if error := next((found for found in results if found is not None), None):
+            self._fail(session, transfer, error)
+        return error is None
+
     def decide(self, session: Session, decision: Decision) -> None:
         """Decide a push without applying it, and say so."""
         session.decision = decision
@@ -219,19 +248,27 @@ class Uplink:
         self._grant(session, begin.number, "refuse", 0, refusal.code, str(refusal))
 
     def _take_whole(self, session: Session, transfer: Transfer, push: Push) -> None:
-        if self._take(session, transfer, 0, push.payload):
-            self._complete(session, transfer, push.scalars)
+        if len(push.payload) <= PAYLOAD_BYTES:
+            if self._take(session, transfer, 0, push.payload):
+                self._complete(session, transfer, push.scalars)
+            return
+        try:
+            transfer.lying = intake.check_whole(self._state.hosted.shard.ups[push.begin.fragment], push.payload)
+        except PeerError as error:
+            self._fail(session, transfer, error)
+            return
+        transfer.scalars = push.scalars
+        self._complete_push(session, transfer)
 
     def _take(self, session: Session, transfer: Transfer, index: int, payload: Buffer) -> bool:
-        """Check chunk `index`, and those that come with it, into their place; False where one broke a rule and the
-        transfer is over."""
+        """Check one chunk into its place; False where it broke a rule and the transfer is over."""
         shard = self._state.hosted.shard
         try:
             if transfer.begin.kind == "init":
-                intake.take_chunks(transfer, self._initial.buffer(), shard.exact, index, payload)
+                intake.take_chunk(transfer, self._initial.buffer(), shard.exact, index, payload)
             else:
                 assert transfer.slot is not None
-                intake.take_chunks(transfer, transfer.slot.update, shard.ups[transfer.begin.fragment], index, payload)
+                intake.take_chunk(transfer, transfer.slot.update, shard.ups[transfer.begin.fragment], index, payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return False
@@ -275,8 +312,7 @@ class Uplink:
         self._out.record("reject", worker=session.worker, number=number, code=str(error.code), sentence=str(error))
 
     def _open_window(self, session: Session, transfer: Transfer) -> None:
-        shared = session.memory is not None and transfer.begin.kind == "push"  # then nothing waits to be read
-        transfer.until = len(transfer.received) if shared else self._state.settings.window_chunks
+        transfer.until = self._state.settings.window_chunks
         self._grant(session, transfer.begin.number, "go", transfer.until, "", "")
 
     def _grant(

@@ -585,30 +585,33 @@ class WorkerCore:
             self._start_upload(self._upload)
 
     def _encoded(self, ready: int) -> None:
-        if self._upload is not None:
-            self._upload.ready = ready
-            self._send_chunks(self._upload)
+        upload = self._upload
+        if upload is not None:
+            upload.ready = ready
+            if upload.whole:
+                self._send_whole(upload)
+            else:
+                self._send_chunks(upload)
 
     def _start_upload(self, upload: Upload) -> None:
-        m = self.membership
         upload.tried = True
         self._last_answer = self._now
-        begin = Begin(
-            m.token,
-            m.connection,
-            upload.kind,
-            upload.number,
-            upload.fragment,
-            upload.plan.codec,
-            upload.plan.bytes,
-            upload.base,
-            m.merged,
-        )
-        if len(upload.plan.chunks) == 1:
-            upload.sent, upload.committed = 1, True
-            self._send(Push(begin, upload.scalars, upload.data.data))
+        upload.whole = len(upload.plan.chunks) == 1 or (self._shares and upload.kind == "push")
+        if upload.whole:
+            self._send_whole(upload)
         else:
-            self._send(begin)
+            self._send(self._begin(upload))
+
+    def _begin(self, upload: Upload) -> Begin:
+        m, plan = self.membership, upload.plan
+        kind, number, fragment, base = upload.kind, upload.number, upload.fragment, upload.base
+        return Begin(m.token, m.connection, kind, number, fragment, plan.codec, plan.bytes, base, m.merged)
+
+    def _send_whole(self, upload: Upload) -> None:
+        """In one message, as soon as all is encoded."""
+        if upload.ready == len(upload.plan.chunks) and not upload.committed:
+            upload.sent, upload.committed = upload.ready, True
+            self._send(Push(self._begin(upload), upload.scalars, upload.data[: upload.plan.bytes].data))
 
     def _continue_upload(self, transfer: int, until: int) -> None:
         upload = self._upload
@@ -618,15 +621,13 @@ class WorkerCore:
         self._send_chunks(upload)
 
     def _send_chunks(self, upload: Upload) -> None:
-        """As many as are encoded and allowed, where memory is shared in one message; after the last of all, Commit."""
+        """As many as are encoded and allowed; after the last of all, Commit."""
         m = self.membership
-        end = min(upload.until, upload.ready)
-        while upload.sent < end:
-            last = end if self._shares and upload.kind == "push" else upload.sent + 1
-            piece = upload.plan.run(upload.sent, last)
+        while upload.sent < min(upload.until, upload.ready):
+            piece = upload.plan.chunks[upload.sent]
             payload = upload.data[piece.offset : piece.offset + piece.size].data
             self._send(Chunk(m.token, m.connection, upload.number, upload.sent, payload))
-            upload.sent = last
+            upload.sent += 1
         if upload.sent == len(upload.plan.chunks) and not upload.committed:
             upload.committed = True
             self._send(Commit(m.token, m.connection, upload.number, upload.scalars))
@@ -711,7 +712,7 @@ class WorkerCore:
         download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(payload) == plan.bytes:
-            plan.open(plan.run(0, len(plan.chunks)), np.frombuffer(payload, np.uint8), values)
+            plan.open(plan.span(0, len(plan.blocks)), np.frombuffer(payload, np.uint8), values)
             self._arrived(download)
         elif len(plan.chunks) == 1:
             raise WireError(f"A reply of {plan.bytes} bytes came with {len(payload)}.")

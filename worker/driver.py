@@ -1,24 +1,27 @@
-"""Who carries a session: the background thread that owns the socket and drives the worker's core. It decides nothing.
+"""Who carries a session: drives the worker's core and its connection. It decides nothing.
 
     Machine.this()      this machine: real time, and a `Driver` for each session
     Carrier             what a session asks of its carrier; a simulator has one of its own
 
 Laws
-* Only this thread touches the socket and the core. The trainer posts events and takes news, both through queues.
+* One thread at a time touches the socket and the core: the trainer's while it posts or waits, one in the background
+  while it computes. A thread that has to be woken costs more than a small exchange.
 * What is posted is bounded: the trainer has at most one push and two pulls under way.
-* If this thread fails, the trainer learns the error with its next call.
+* If driving fails, the trainer learns the error with its next call. Ctrl-C never leaves an event half handled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -50,6 +53,7 @@ from worker.core import (
     Withdrawn,
     WorkerCore,
 )
+from worker.interrupts import Interrupts
 
 BATCH_MESSAGES = 64
 ENCODE_CHUNKS = 8
@@ -57,6 +61,8 @@ ENCODE_CHUNKS = 8
 log = logging.getLogger("paramserver.worker")
 
 
+ASIDE_S = 0.005
+"""The thread in the background stays aside for so long after the trainer has waited, because it mostly waits again."""
 SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
 
@@ -131,7 +137,7 @@ class Machine:
 
 
 class Driver(Carrier):
-    """Runs `core` on a thread of its own, on connections to `address`."""
+    """Runs `core` on connections to `address`: on a thread of its own, and on the trainer's while that waits."""
 
     def __init__(
         self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial
@@ -143,11 +149,19 @@ class Driver(Carrier):
         self._endpoint = dial(address)
         self._posted: deque[Any] = deque()
         self._news: deque[Any] = deque()
-        self._arrived = threading.Condition()
         self._error: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._wake_lock = threading.Lock()
+        weakref.finalize(self, os.close, self._wake)
+        self._wheel = threading.Lock()
+        """Whoever has it, and nobody else, touches the core and the connection."""
+        self._attended = False
+        """Whether the trainer waits, and drives meanwhile."""
+        self._attended_until = -math.inf
+        self._due = 0.0
+        """When the core wants a Tick, at the latest."""
+        self._interrupts = Interrupts()
         self._memory: Memory | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
 
@@ -160,69 +174,122 @@ class Driver(Carrier):
         except StateError as error:
             log.warning("updates are sent in messages: %s", error)
             return super().staging(size, machine)
-        with self._wake_lock:
-            ended = self._wake < 0
-            unused, self._memory = (memory, None) if ended else (self._memory, memory)
+        with self._wheel:
+            unused, self._memory = (memory, None) if self._closed else (self._memory, memory)
         if unused is not None:
             unused.withdraw()
         self.post(Staged(memory.place))
         return memory.data
 
     def post(self, event: Any) -> None:
-        """Hand an event to the core, soon; to one that has ended, nothing."""
-        with self._wake_lock:
-            if self._wake >= 0:
-                self._posted.append(event)
-                os.eventfd_write(self._wake, 1)
+        """Hand an event to the core, at once where nobody else drives; to one that has ended, nothing."""
+        self._posted.append(event)
+        while self._posted and self._wheel.acquire(blocking=False):  # whoever gives it back looks once more
+            try:
+                due = self._due
+                self._drive(self._take_posted)
+                if self._attended or self._over or self._due < due or self._endpoint.readable:
+                    self._call()
+            finally:
+                self._wheel.release()
 
     def news(self, timeout_s: float | None = 0.0) -> Any | None:
         """The next piece of news, waiting up to `timeout_s` (None: for ever); None where there is none."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: bool(self._news) or self._error is not None, timeout_s)
-            if self._news:
-                return self._news.popleft()
-            if self._error is not None:
-                raise ParamserverError(f"The connection's thread failed: {self._error!r}.") from self._error
+        if not self._news and timeout_s != 0.0:
+            self._attend(time.monotonic() + (math.inf if timeout_s is None else timeout_s))
+        if self._news:
+            return self._news.popleft()
+        if self._error is not None:
+            raise ParamserverError(f"The connection failed: {self._error!r}.") from self._error
         return None
 
     def close(self, timeout_s: float) -> None:
         """Wait for the thread, which ends when the core has."""
         self._thread.join(timeout_s)
+        if threading.current_thread() is threading.main_thread():
+            self._interrupts.end()
+
+    def _attend(self, end: float) -> None:
+        """Drive until there is news, or time is up."""
+        self._attended, waited = True, False
+        try:
+            while True:
+                with self._wheel:
+                    if not self._news and (waited or self._endpoint.readable):
+                        self._drive(self._turn)
+                now = time.monotonic()
+                if self._news or self._over or now >= end:
+                    return
+                if not self._posted:
+                    self._endpoint.wait(max(min(end, self._due) - now, 0.0), also=self._wake)
+                waited = True
+        finally:
+            self._attended_until, self._attended = time.monotonic(), False
 
     def _run(self) -> None:
-        try:
-            self._do(self._core.handle(Dialled(), time.monotonic()))
-            while self._core.phase != "ended":
-                self._turn()
-        except BaseException as error:
-            with self._arrived:
-                self._error = error
-                self._arrived.notify_all()
-        finally:
+        """The thread in the background."""
+        with self._wheel:
+            self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
+        while not self._over:
+            now = time.monotonic()
+            if self._attended or now < self._attended_until + ASIDE_S:
+                time.sleep(ASIDE_S)
+                continue
+            if not self._posted:
+                self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
+            with self._wheel:
+                if not self._attended:
+                    self._drive(self._turn)
+        with self._wheel:
             self._endpoint.close()
-            with self._wake_lock:  # a descriptor's number is soon somebody else's
-                os.close(self._wake)
-                self._wake = -1
-                memory, self._memory = self._memory, None
-            if memory is not None:
-                memory.withdraw()
+            self._closed = True
+            memory, self._memory = self._memory, None
+        self._call()
+        if memory is not None:
+            memory.withdraw()
+
+    @property
+    def _over(self) -> bool:
+        return self._error is not None or self._core.phase == "ended"
+
+    def _call(self) -> None:
+        """Whoever waits shall look again."""
+        os.eventfd_write(self._wake, 1)
+
+    # Whoever has the wheel
+
+    def _drive(self, work: Callable[[], None]) -> None:
+        """Do it, unless all is over; an error ends all."""
+        if self._over:
+            self._posted.clear()
+            return
+        self._interrupts.hold()
+        try:
+            work()
+        except Exception as error:
+            self._error = error
+        self._due = self._core.deadline() or 0.0
+        self._interrupts.release()
 
     def _turn(self) -> None:
-        deadline = self._core.deadline()
-        self._endpoint.wait(max((deadline or 0.0) - time.monotonic(), 0.0), also=self._wake)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        while self._posted:
-            self._do(self._core.handle(self._posted.popleft(), time.monotonic()))
+        self._take_posted()
         for _ in range(BATCH_MESSAGES):
             message = self._endpoint.receive()
             if message is None:
                 break
             self._do(self._core.handle(Received(*message), time.monotonic()))
+        else:
+            self._call()  # there may be more
         if self._endpoint.lost():
             self._do(self._core.handle(LinkLost(), time.monotonic()))
-        self._endpoint.released()
-        self._do(self._core.handle(Tick(), time.monotonic()))
+        if time.monotonic() >= self._due:
+            self._do(self._core.handle(Tick(), time.monotonic()))
+
+    def _take_posted(self) -> None:
+        while self._posted:
+            self._do(self._core.handle(self._posted.popleft(), time.monotonic()))
 
     def _do(self, actions: list[Any]) -> None:
         for action in actions:
@@ -233,14 +300,13 @@ class Driver(Carrier):
                 case Redial():
                     self._endpoint.close()
                     self._endpoint = self._dial(self._address)
+                    self._call()
                     self._do(self._core.handle(Dialled(), time.monotonic()))
                 case Attach(place):
                     if not self._attach(place):
                         return  # the rest was for the connection that this has ended
                 case Deliver(news):
-                    with self._arrived:
-                        self._news.append(news)
-                        self._arrived.notify_all()
+                    self._news.append(news)
                 case Say(level, sentence):
                     log.log(logging.getLevelNamesMapping()[level.upper()], sentence)
 

@@ -34,13 +34,15 @@ class Upload:
     until: int = 0
     """Chunks below this index may be sent."""
     committed: bool = False
+    whole: bool = False
+    """Whether it travels in one message on this connection."""
     tried: bool = False
     """Whether anything of it was ever sent: if not, nobody can have applied it."""
 
     def rewind(self) -> None:
         """A new connection: everything is sent again."""
         self.sent = self.until = 0
-        self.committed = False
+        self.committed = self.whole = False
 
 
 @dataclass(slots=True)

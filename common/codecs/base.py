@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Code, CodecError
-from common.kernels import ALIGNED_BYTES, goes_far, kernel, put, settle
+from common.kernels import ALIGNED_BYTES, EXPONENT, exponent, goes_far, kernel, put, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,6 @@ U8: TypeAlias = NDArray[np.uint8]
 
 BLOCK_ELEMENTS = 65_536
 """Longest block, elements: 256 KiB of float32, so that a block and its state stay in a core's L2 cache."""
-EXPONENT = np.uint32(0x7F80_0000)
-"""Of float32: all its bits set mean NaN or infinity."""
 
 
 class Encode(Protocol):
@@ -192,9 +190,3 @@ def copy_finite(bits: Any, out: Any, exponent_mask: Any, far: Any) -> bool:
         top = max(top, bits.dtype.type(value & exponent_mask))
     settle(far)
     return bool(top < exponent_mask)
-
-
-@kernel
-def exponent(value: Any) -> Any:
-    """The bits of a float32 that are all set where it is NaN or infinite."""
-    return np.uint32(np.float32(value).view(np.uint32) & EXPONENT)

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from common import buffers
 from common.errors import Code, ConfigError, PeerError
-from common.kernels import kernel
+from common.kernels import EXPONENT, exponent, goes_far, kernel, put, settle
 
 __all__ = [
     "Accumulate",
@@ -392,6 +392,25 @@ def add_update(
 ) -> None:
     """c <- c + weight D."""
     _add(c, d, c.dtype.type(weight))
+
+
+@kernel
+def _sum(c: Floats, d: Floats, weight: Any, made: Floats, copy: Floats, far: Any) -> bool:
+    wanted, top = copy.size > 0, np.uint32(0)
+    for i in range(c.size):
+        value = c[i] + weight * d[i]
+        put(made, i, value, far)
+        if wanted:
+            put(copy, i, value, far)
+        top = max(top, exponent(value))
+    settle(far)
+    return bool(top < EXPONENT)
+
+
+def sum_of(c: Floats, d: Floats, weight: np.float32, made: Floats, copy: Floats, size: int) -> bool:
+    """made, copy <- what `add_update` makes of c, which stays: whether all of it is finite. (n,) float32 each; copy:
+    (0,) where nobody wants it; size: bytes of the vectors that these are parts of."""
+    return bool(_sum(c, d, weight, made, copy, goes_far(made, size) and goes_far(copy, size)))
 
 
 def allocate(kind: type[Any], n: int, dtype: DTypeLike) -> Arrays:

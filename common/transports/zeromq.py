@@ -22,11 +22,13 @@ import errno
 import math
 import os
 import re
+import select
 import socket as sockets
 import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -50,6 +52,8 @@ KEPT_BYTES = 64 << 20
 POINT_BYTES = 16 * 1024
 """Shorter payloads are sent, though they lie in shared memory: it costs no more."""
 _POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
+_plain_option: Any = zmq.backend.Socket.get
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
@@ -69,13 +73,15 @@ class ZeroMQEndpoint:
         self._monitor: zmq.Socket[bytes] | None = None
         if not self._routes:
             self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        watched = [socket] if self._monitor is None else [socket, self._monitor]
+        self._descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
 
     @property
     def address(self) -> str:
         return self._address
 
     def fileno(self) -> int:
-        return int(self._socket.getsockopt(zmq.FD))
+        return self._descriptors[0]
 
     def share(self, peer: bytes, mine: Memory | None, theirs: tuple[bytes, U8] | None) -> None:
         """From now on `peer` reads payloads that lie in `mine` there, and this side its own in `theirs`: (mark, bytes).
@@ -132,11 +138,15 @@ class ZeroMQEndpoint:
             return b""
         return _POINTER.pack(bytes.fromhex(memory.place.mark), at, len(payload))
 
+    @property
+    def readable(self) -> bool:
+        """Whether `receive` has something."""
+        return _readable(self._socket)
+
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
-        try:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not self.readable:
             return None
+        frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         buffers: list[Buffer] = [frame.buffer for frame in frames]
         peer, buffers = (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
         if len(buffers) == 2 and len(buffers[1]) == _POINTER.size and peer in self._theirs:
@@ -171,22 +181,21 @@ class ZeroMQEndpoint:
         return bool(self._trackers or self._released)
 
     def wait(self, timeout_s: float, *, also: int) -> None:
-        """Wait until a message or a loss is there, or the descriptor `also` is readable, or time is up."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(also, zmq.POLLIN)
-        if self._monitor is not None:
-            poller.register(self._monitor, zmq.POLLIN)
+        """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up.
+
+        Whatever was there before must have been received: see `fileno`. It touches no socket, so that another thread
+        may use this end meanwhile.
+        """
+        poller = select.poll()
+        for descriptor in (*self._descriptors, also):
+            poller.register(descriptor, select.POLLIN)
         poller.poll(math.ceil(timeout_s * 1000))
 
     def lost(self) -> bool:
         """Whether a dialler's connection broke since the last call."""
         broke = False
-        while self._monitor is not None:
-            try:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
+        while self._monitor is not None and _readable(self._monitor):
+            self._monitor.recv_multipart(zmq.NOBLOCK)
             broke = True
         return broke
 
@@ -198,6 +207,11 @@ class ZeroMQEndpoint:
         self._socket.close(linger=0)
         self._mine.clear()
         self._theirs.clear()
+
+
+def _readable(socket: zmq.Socket[bytes]) -> bool:
+    """The plain option: what the class makes of it costs more than the rest of receiving."""
+    return bool(_plain_option(socket, _EVENTS) & _POLLIN)
 
 
 def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:
