@@ -24,7 +24,6 @@ def status(address: str, timeout_s: float = 5.0) -> dict[str, Any]:
         endpoint.send(SERVER, wire.encode(Query()))
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
-            endpoint.wait(left, also=never)
             while (received := endpoint.receive()) is not None:
                 match wire.decode(received[1]):
                     case Answer(payload=payload):
@@ -32,6 +31,7 @@ def status(address: str, timeout_s: float = 5.0) -> dict[str, Any]:
                         return answer
                     case Fault() as fault:
                         raise Refused(code_of(fault.code), fault.sentence, fix=fault.fix)
+            endpoint.wait(left, also=never)
     finally:
         endpoint.close()
         os.close(never)

@@ -158,9 +158,8 @@ def _map(descriptor: int, size: int, protection: int) -> U8:
         raise
     owner = (ctypes.c_ubyte * size).from_address(start)
     weakref.finalize(owner, _LIBC.munmap, room, size + HUGE_PAGE_BYTES).atexit = False
-    mapped: U8 = np.frombuffer(owner, np.uint8)  # type: ignore[call-overload]
-    mapped.flags.writeable = bool(protection & mmap.PROT_WRITE)
-    return mapped
+    whole = memoryview(owner).cast("B")
+    return np.frombuffer(whole if protection & mmap.PROT_WRITE else whole.toreadonly(), np.uint8)
 
 
 def _address_or_error(found: Any) -> int:

@@ -27,7 +27,7 @@ from common.messages import PROTOCOL, Buffer, Message, Version
 HEADER_BYTES = 64 * 1024
 PAYLOAD_BYTES = (1 << 20) + (1 << 16)
 """One chunk of 1 MiB and what a codec or padding may add to it."""
-MAY_LIE_IN_SHARED_MEMORY = (messages.Push, messages.Ack)
+MAY_LIE_IN_SHARED_MEMORY = (messages.Push, messages.Ack, messages.Offer)
 """Then the payload may be a whole update or reply."""
 STRING_BYTES = 1024
 ARRAY_ITEMS = 4096

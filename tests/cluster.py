@@ -830,7 +830,7 @@ class Hand:
         return chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32", *cut)
 
     def pieces(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> list[Message]:
-        """The messages of a push, in order: one, or Begin, Chunks and Commit."""
+        """The messages of a push, in order: one where it is short or memory is shared, or Begin, Chunks and Commit."""
         begin = self.begun(number, **changes)
         plan = self._plan(begin.codec, begin.fragment, whole=begin.kind == "init")
         data = np.zeros(plan.bytes, np.uint8)
@@ -839,8 +839,10 @@ class Hand:
         else:
             plan.encode(np.full(self.desk.layout.elements, fill, np.float32), data)
         scalars = Scalars(0.5, 8, 1, 0.1)
-        if len(plan.chunks) == 1:
-            return [Push(begin, scalars, data.tobytes())]
+        session = self.desk.core.sessions.get(self.session)
+        if len(plan.chunks) == 1 or (begin.kind == "push" and session is not None and session.memory is not None):
+            data.flags.writeable = False
+            return [Push(begin, scalars, data.data)]
         cut = [data[c.offset : c.offset + c.size].tobytes() for c in plan.chunks]
         here = (self.session, self.connection, number)
         return [begin, *(Chunk(*here, i, piece) for i, piece in enumerate(cut)), Commit(*here, scalars)]

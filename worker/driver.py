@@ -230,6 +230,7 @@ class Driver(Carrier):
         """The thread in the background."""
         with self._wheel:
             self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
+            self._call()
         while not self._over:
             now = time.monotonic()
             if self._attended or now < self._attended_until + ASIDE_S:
@@ -300,7 +301,7 @@ class Driver(Carrier):
                 case Redial():
                     self._endpoint.close()
                     self._endpoint = self._dial(self._address)
-                    self._call()
+                    self._call()  # nobody has looked what came to this one
                     self._do(self._core.handle(Dialled(), time.monotonic()))
                 case Attach(place):
                     if not self._attach(place):

@@ -43,10 +43,9 @@ class Interrupts:
                 self._handler(*came)
 
     def end(self) -> None:
-        """Give the handler back its place; on the main thread."""
+        """Give the handler back its place, where nobody else took it; on the main thread."""
         if self._handler is not None and signal.getsignal(signal.SIGINT) is self._mine:
             signal.signal(signal.SIGINT, self._handler)
-        self._handler = None
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self._holding:

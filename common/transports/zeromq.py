@@ -183,8 +183,8 @@ class ZeroMQEndpoint:
     def wait(self, timeout_s: float, *, also: int) -> None:
         """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up.
 
-        Whatever was there before must have been received: see `fileno`. It touches no socket, so that another thread
-        may use this end meanwhile.
+        Call it only after `receive` (or `readable`) has said that nothing is there: until then nobody is told of what
+        comes. It touches no socket, so that another thread may use this end meanwhile.
         """
         poller = select.poll()
         for descriptor in (*self._descriptors, also):

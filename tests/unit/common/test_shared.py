@@ -312,12 +312,12 @@ def test_memory_of_another_user(memory: Memory) -> None:
 # A machine that has none to give
 
 
-@pytest.mark.parametrize("step", ["memfd_create", "posix_fallocate", "mmap", "fcntl"])
+@pytest.mark.parametrize("step", ["memfd_create", "posix_fallocate", "_map", "fcntl"])
 def test_a_machine_that_has_none_says_so_and_leaks_nothing(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fails(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner = {"mmap": shared.mmap, "fcntl": shared.fcntl}.get(step, os)
+    owner = {"_map": shared, "fcntl": shared.fcntl}.get(step, os)
     before = descriptors(), mappings()
     monkeypatch.setattr(owner, step, fails)
     with pytest.raises(StateError, match="No space left on device") as caught:

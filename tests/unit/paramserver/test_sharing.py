@@ -6,7 +6,9 @@ The outside is the test: it maps nothing, and a plain array stands for the serve
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -400,15 +402,88 @@ def test_what_is_owed_is_the_same_bytes_on_every_connection() -> None:
     assert given.tobytes() == expected
 
 
-def test_a_refused_push_writes_nothing() -> None:
-    found = desk(LARGE)
-    hand, given = sharing(found)
-    value = np.ones(LARGE.elements, np.float32)
-    value[-1] = np.nan
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("at", [0, 65_536, 599_999, 600_006])
+def test_a_refused_push_changes_nothing(codec: str, at: int) -> None:
+    """Though it may have been added by then: not to the center."""
+    found = desk(LARGE, codec=codec)
+    hand, _ = sharing(found)
+    hand.push(1, 2.0)
     before = found.state()
-    assert hand.push(1, value).code == "non_finite"
-    assert (given == POISON).all()
+    pieces = hand.pieces(2, 1.0)
+    data = np.frombuffer(pieces[0].payload, np.uint8).copy()  # type: ignore[union-attr]
+    block = next(b for b in hand.desk.core.shard.ups[0].blocks if b.first <= at < b.last)  # type: ignore[union-attr]
+    width = 4 if codec == "fp32" else 2
+    offset = block.offset + width * (at - block.first)
+    data[offset : offset + width] = [0, 0, 0xC0, 0x7F][4 - width :]
+    hand.send(replace(pieces[0], payload=data.data))
+    assert hand.heard((Ack,))[-1].code == "non_finite"
     assert found.state() == before
+    assert found.core.sessions[hand.session].clock == 1
+    assert hand.push(3, 1.0).outcome == "applied"
+    assert set(found.core.shard.center) == {3.0}  # type: ignore[union-attr]
+
+
+def test_an_update_that_is_finite_and_a_center_that_is_no_longer() -> None:
+    """It is the center that diverged, as it would have without shared memory."""
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    hand.push(1, 3e38)
+    hand.push(2, 3e38)
+    assert found.core.state.diverged
+
+
+def test_bytes_beyond_the_vector_must_be_zero() -> None:
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    before = found.state()
+    [push] = hand.pieces(1, 1.0)
+    data = np.frombuffer(push.payload, np.uint8).copy()  # type: ignore[union-attr]
+    data[-1] = 1
+    hand.send(replace(push, payload=data.data))
+    assert hand.heard((Ack,))[-1].code == "encoding"
+    assert found.state() == before
+
+
+def test_what_changes_while_it_is_added_never_makes_two_centers() -> None:
+    """The worker writes on all the time: each push is applied or refused, and what it was told is the center."""
+    found = desk(LARGE, rejected_per_minute=1000)
+    hand, given = sharing(found)
+    data = np.zeros(hand.pieces(1)[0].begin.bytes, np.uint8)  # type: ignore[union-attr]
+    values, over = data.view(np.float32)[: LARGE.elements], threading.Event()
+
+    def write() -> None:
+        random = np.random.default_rng(0)
+        while not over.is_set():
+            values[random.integers(LARGE.elements)] = random.choice([0.0, 1.0, np.nan])
+            if random.random() < 0.01:
+                values[:] = 0.0
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    outcomes = set()
+    try:
+        for number in range(1, 60):
+            [push] = hand.pieces(number, 0.0)
+            hand.send(replace(push, payload=data.data.toreadonly()))
+            ack = hand.heard((Ack,))[-1]
+            outcomes.add(ack.outcome)
+            center = found.core.shard.center  # type: ignore[union-attr]
+            assert np.isfinite(center).all()
+            if ack.outcome == "applied":
+                assert given[: center.nbytes].tobytes() == center.tobytes()
+    finally:
+        over.set()
+        writer.join()
+    assert outcomes == {"applied", "rejected"}
+
+
+def test_an_update_that_is_as_long_as_no_update_is_refused() -> None:
+    found = desk(LARGE)
+    hand, _ = sharing(found)
+    [push] = hand.pieces(1, 1.0)
+    hand.send(replace(push, payload=push.payload[:-8]))  # type: ignore[union-attr]
+    assert hand.heard((Ack,))[-1].code == "bad_length"
 
 
 # Other connections
@@ -428,6 +503,8 @@ def test_connection_that_is_replaced_while_its_push_is_applied(rule: str, shares
     found.by_itself = False
     for message in hand.pieces(1, 2.0):
         hand.send(message)
+    if rule != "downpour":
+        found.work()  # the update is taken first
     assert len(found.jobs) == 1
     again = hand.redial()
     again.hello(resume=Resume(hand.session, 1, 0, hand.merged))

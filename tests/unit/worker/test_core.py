@@ -43,6 +43,7 @@ from tests.cluster import LARGE, SMALL
 from worker import core as worker
 from worker.core import WorkerCore
 
+LONGEST_BYTES = 1 << 24
 SETTINGS = {"rule": "downpour", "codec": "fp32", "reply_codec": "fp32", "local_steps": 1, "overlap": False}
 SETTINGS |= {
     "schedules": False,
@@ -80,7 +81,7 @@ class Bench:
         for action in actions:
             match action:
                 case Send(_, frames):
-                    self._told.append(wire.decode([bytes(frame) for frame in frames]))
+                    self._told.append(wire.decode([bytes(frame) for frame in frames], payload_bytes=LONGEST_BYTES))
                 case worker.Redial():
                     self.redials += 1
                     self.does(worker.Dialled())
