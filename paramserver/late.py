@@ -8,8 +8,8 @@ Where replies are whole, all members of a round are given one snapshot (`paramse
 worker's own.
 
 Laws
-* A late reply lies where one that comes at once does: in a slot, or in memory that its worker shares. While all slots are
-  taken it waits; who has one does not wait for it.
+* A late reply lies where one that comes at once does: in a slot, or in memory that its worker shares. While all slots
+  are taken it waits; who has one does not wait for it.
 * It is made once. Who comes back before it is there is sent it once it is, wherever it then is connected.
 * Who is given an anchor meanwhile gets none: what it would be the difference to is gone.
 """

@@ -8,8 +8,8 @@ Laws
 * A number is decided once. What was decided, and of which number, is in the same checkpoint as the weights.
 * One transfer at a time. It belongs to a connection and dies with it, unless it was committed: then it is decided.
 * A session with a committed transfer does not end before that is decided.
-* Where replies are differences, the replica is what the worker holds, or will hold once it has the reply that is owed. A
-  push that does not name that reply, or the anchor before it, as the last one merged is not taken.
+* Where replies are differences, the replica is what the worker holds, or will hold once it has the reply that is owed.
+  A push is taken only where it names the reply, or the anchor, that made the replica what it is.
 """
 
 from __future__ import annotations
