@@ -117,7 +117,7 @@ class Uplink:
         state = self._state
         if not session.anchored:
             return PeerError(Code.UNEXPECTED, "This worker has not pulled the center it would start from.")
-        if state.keeps_replicas and begin.merged not in session.holds:
+        if state.keeps_replicas and (session.owed is not None or begin.merged not in session.holds):
             sentence = "This update does not start from the last reply that its worker was given."
             return PeerError(Code.BASE_VERSION, sentence, fix="Pull the center, and go on from there.")
         if state.finished:
