@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,15 @@ def test_what_a_reply_lost_comes_with_the_next(reply_codec: str) -> None:
     for _ in range(5):
         a.merge(a.push(np.zeros(MODEL.elements, np.float32)))
         after.append(np.linalg.norm(a.x - center(found)[: MODEL.parameters]))
-    assert all(second < first for first, second in zip(after, after[1:], strict=False))
+    assert all(second < first for first, second in itertools.pairwise(after))
+
+
+@pytest.mark.parametrize(("reply_codec", "same"), [("natural", False), ("int8", True)])
+def test_each_reply_is_rounded_by_chance_of_its_own(reply_codec: str, same: bool) -> None:
+    found = desk(reply_codec=reply_codec)
+    a, b = Holder(found, "a"), Holder(found, "b")
+    first, second = a.push(), b.push(np.zeros(MODEL.elements, np.float32))
+    assert (bytes(first.payload) == bytes(second.payload)) == same, "both are the same difference"
 
 
 def test_buffers_and_pulls_are_the_center_as_it_is() -> None:
@@ -297,16 +306,46 @@ def test_a_late_reply_to_whom_is_gone_leaves_no_slot_behind(when: str) -> None:
     assert found.state()[2] == 0
 
 
-def test_who_anchored_meanwhile_is_given_no_late_reply() -> None:
-    found = desk(rule="local_sgd")
-    a, b = held(found)
+def test_who_anchored_before_its_late_reply_was_made_is_given_none() -> None:
+    found = desk(max_clock_gap=1)
+    a, b, c = (Holder(found, name) for name in ("a", "b", "c"))
+    a.merge(a.push())
+    assert a.push().outcome == "held", "two ahead of b and c"
+    b.merge(b.push())
     found.by_itself = False
-    b.push()
+    c.push()  # now a can be answered, once this is applied
     a.hand.send(Pull(a.hand.session, a.hand.connection, "anchor", "", NOWHERE, a.merged))
+    b.push()  # between the anchor and the late reply
+    a.hand.heard()
     found.finish()
-    [offer] = a.hand.heard(Offer)
-    assert not [ack for ack in a.hand.heard(Ack) if ack.reply is not None]
+    [offer] = [message for message in a.hand.heard() if isinstance(message, Offer)]
     a.x[:] = np.frombuffer(offer.payload, np.float32)[: MODEL.parameters]
+    assert (a.x != center(found)[: MODEL.parameters]).any(), "b came after it"
+    a.expect_same()
+
+
+def test_nor_while_it_waited_for_a_slot() -> None:
+    found = desk(rule="local_sgd", pool_mib=3)
+    a, b = held(found)
+    ack = b.push()
+    assert found.core.state.hosted.slots.limit == found.state()[2] == 1, "that of b's reply"
+    assert session(a).owed is None
+    a.hand.heard()
+    a.hand.anchor()
+    a.hand.heard()
+    b.hand.send(More(b.hand.session, b.hand.connection, ack.reply.id, 0))
+    assert found.state()[2] == 0
+    assert not a.hand.heard(Ack)
+
+
+def test_a_late_reply_has_the_first_slot_that_is_free() -> None:
+    found = desk(rule="local_sgd", pool_mib=3)
+    a, b = held(found)
+    ack = b.push()
+    a.hand.heard()
+    b.hand.send(More(b.hand.session, b.hand.connection, ack.reply.id, 0))
+    [late] = a.hand.heard(Ack)
+    a.merge(late)
     a.expect_same()
 
 
