@@ -182,7 +182,7 @@ def worker(
     app,
     "ServerSettings",
     only=(
-        *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
+        *("rule", "rule_settings", "codec", "replies", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "arrivals", "max_arrivals_mib"),
     ),
@@ -223,7 +223,7 @@ def launch(
     app,
     "ServerSettings",
     only=(
-        *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
+        *("rule", "rule_settings", "codec", "replies", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("lag_weight", "lag_exponent", "max_lag", "beyond_max_lag", "max_clock_gap", "buffers", "lease_s"),
         *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "checkpoint_interval_s"),

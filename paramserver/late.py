@@ -17,7 +17,7 @@ Laws
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,17 +31,16 @@ from paramserver.state import ServerState
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Late:
-    """One reply that is to be made, and what its worker held when it was asked for."""
+    """One reply that is to be made, to the push that was decided so."""
 
     session: Session
     decision: Decision
-    holds: Set[int]
 
     @property
     def wanted(self) -> bool:
-        """Whether the worker still waits for it, and it is not made yet."""
-        s = self.session
-        return s.live and s.anchored and s.decision is self.decision and s.holds is self.holds and s.owed is None
+        """Whether the worker still waits for it, and not for an anchor; and it has no room yet."""
+        session = self.session
+        return session.live and session.anchored and session.decision is self.decision and session.owed is None
 
 
 class LateReplies:
@@ -59,7 +58,7 @@ class LateReplies:
     def add(self, session: Session) -> None:
         """The session's last push is applied, and can be answered now."""
         if not any(late.session is session and late.wanted for late in self._waiting):
-            self._waiting.append(_Late(session, session.decision, session.holds))
+            self._waiting.append(_Late(session, session.decision))
 
     def serve(self) -> None:
         """Room to those who wait, in order, and a job for each that has it."""
