@@ -120,7 +120,9 @@ def serve(
     from paramserver.daemon import Daemon
 
     settings, voice = loaded.settings, Voice()
-    voice.say("info", f"Rule {settings.rule}, codec {settings.codec} up and {settings.reply_codec} down.")
+    differences = "differences in " if settings.replies == "difference" else ""
+    codecs = f"codec {settings.codec} up and {differences}{settings.reply_codec} down"
+    voice.say("info", f"Rule {settings.rule}, {codecs}.")
     voice.say("info", memory.before_the_model(settings))
 
     def ready(address: str) -> None:
