@@ -29,7 +29,8 @@ from worker.core import WorkerCore
 
 SEEDS = 6
 CODECS = ["int8", "plain:int4", "plain:topk:0.05", "natural", "bf16"]
-ROUGH = Faults(loss=0.05, duplicate=0.1, reorder=0.1, cut_every_s=0.7)
+SLOTS = 1100
+"""So many travel in the codec: small tensors go as fp16."""
 
 
 def same_bits(server: ServerCore | None, core: WorkerCore) -> bool:
@@ -69,7 +70,9 @@ class RoundAdder(Adder, Rounder):
 def added(seed: int, faults: Faults, reply_codec: str, *, check: Any = check_counting, **changes: Any) -> Cluster:
     """One run, checked; a failure says how to repeat it."""
     settings = {"replies": "difference", "reply_codec": reply_codec} | changes.pop("settings", {})
-    cluster = Cluster(seed, faults=faults, settings=settings, **({"trainer": Adder} | changes))
+    rows = -(-SLOTS // changes["updates"])
+    cluster = Cluster(seed, faults=faults, settings=settings, rows=rows, **({"trainer": Adder} | changes))
+    assert cluster.model.layout.body == cluster.model.slots.stop, "the slots travel in the codec"
     try:
         cluster.run()
         cluster.run_for(3 * cluster.settings.lease_s)
@@ -129,6 +132,13 @@ def test_a_late_reply_waits_for_a_slot() -> None:
         assert cluster.server is not None
         assert cluster.server.state.hosted.slots.limit < 3
         assert cluster.server.version > NOWHERE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_many_seeds(name: str) -> None:
+    for seed in seeds(40):
+        added(1000 + seed, FAULTS[name], CODECS[seed % len(CODECS)], updates=100)
 
 
 # Real sessions
