@@ -337,14 +337,14 @@ class Cluster:
         train_s: float = 0.05,
         settings: dict[str, Any] | None = None,
         trainer: type[Trainer] = Trainer,
-        rows: int | None = None,
+        rows: int = 0,
     ) -> None:
         """rows: of the model, where it shall have more than one for each worker that there may ever be."""
         self.most_workers = 4 * workers
         self.seed, self.faults, self.job_s, self.train_s, self.trainer = seed, faults, job_s, train_s, trainer
         self.random = random.Random(seed)
         self.world = World()
-        self.model = Counting(rows or self.most_workers, updates, guard)
+        self.model = Counting(max(rows, self.most_workers), updates, guard)
         defaults = {"directory": Path("unused"), "checkpoint_interval_s": 1.0, "lease_s": 6.0, "init_timeout_s": 2.0}
         self.settings = ServerSettings.model_validate(defaults | (settings or {}))
         self.disk: Save | None = None
