@@ -219,7 +219,7 @@ class _Model:
             reply_codec=settings.reply_codec,
             epoch=0,
         )
-        self.session = shard.session_arrays()
+        self.session = shard.session_arrays().arrays
         self.update = zeros(shard.ups[0].bytes, np.uint8)
         self.reply = zeros(shard.downs[0].bytes, np.uint8)
         values = zeros(elements, np.float32)

@@ -71,6 +71,11 @@ class Plan(NamedTuple):
         """Whether the sender feeds back what encoding loses."""
         return codecs.load(self.codec).remembers
 
+    @property
+    def part(self) -> slice:
+        """The parameters that travel: all of them, or those of a fragment."""
+        return slice(self.blocks[0].first, self.blocks[self.parameter_blocks - 1].last)
+
     def pieces(self, data: U8) -> Iterator[tuple[Codec, int, int, U8]]:
         """(codec, first element, last element, encoded bytes) of every block of parameters. data: (bytes,)."""
         for block in self.blocks[: self.parameter_blocks]:

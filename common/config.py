@@ -99,14 +99,40 @@ RuleName = Annotated[str, AfterValidator(lambda name: _carry(rules.load, name).n
 CodecName = Annotated[str, AfterValidator(lambda name: _carry(codecs.load, name).name)]
 
 
-def _for_replies(name: str) -> str:
-    if not codecs.load(name).carries_parameters:
+def _for_replies(name: str, info: ValidationInfo) -> str:
+    codec = codecs.load(name)
+    if info.data.get("replies") == "difference":
+        return _for_differences(codec)
+    if not codec.carries_parameters:
         fit = [one for one in codecs.names() if codecs.load(one).carries_parameters]
         raise _no(
             f"Codec '{name}' cannot carry replies, which are the center itself, each complete in itself.",
-            fix=f"Those that can: {', '.join(fit)}.",
+            fix=f"Those that can: {', '.join(fit)}; others where replies are differences (--replies difference).",
         )
     return name
+
+
+def _for_differences(codec: Codec) -> str:
+    """Its name, where what is encoded is the difference to a replica, which holds all that was lost."""
+    bare = codec.name.removeprefix("ef:")
+    if codec.lossless:
+        raise _no(
+            f"A difference in '{codec.name}' is as long as the center itself, which is exact.",
+            fix="Name a codec that is shorter, such as --reply-codec int8, or leave replies whole.",
+        )
+    if codec.remembers:
+        plain = codecs.load(bare if codec.feedback == "optional" else f"plain:{bare}")
+        raise _no(
+            f"A reply is the difference to what its worker holds, and holds all that was lost: with the feedback of "
+            f"codec '{codec.name}' it would be counted twice.",
+            fix=f"Use {plain.name if plain.contraction else 'another codec'}.",
+        )
+    if codec.contraction is None:
+        raise _no(
+            f"A reply is the difference to what its worker holds, which codec '{codec.name}' may enlarge.",
+            fix="Use a codec with smaller groups or more levels, or another one.",
+        )
+    return codec.name
 
 
 ReplyCodecName = Annotated[CodecName, AfterValidator(_for_replies)]
@@ -185,7 +211,10 @@ class ServerSettings(Settings):
     rule: RuleName = Field(default="downpour", description="update rule; `paramserver rules` lists them")
     rule_settings: dict[str, bool | int | float | str] = Field(default={}, description="settings of the rule")
     codec: CodecName = Field(default="fp32", description="encoding of updates, worker to server")
-    reply_codec: ReplyCodecName = Field(default="fp32", description="encoding of the center, server to worker")
+    replies: Literal["whole", "difference"] = Field(
+        default="whole", description="to pushes: the center itself, or what it differs by from what the worker holds"
+    )
+    reply_codec: ReplyCodecName = Field(default="fp32", description="encoding of replies, server to worker")
     local_steps: int = Field(default=1, ge=1, le=1_000_000, description="optimizer steps a worker takes between pushes")
     local_steps_by: Literal["fixed", "speed", "diversity"] = Field(
         default="fixed",
@@ -316,6 +345,11 @@ class ServerSettings(Settings):
             raise _no(refusal, fix=f"`paramserver rules {rule.name}` tells its settings.")
         if misfit := _codec_refusal(rule, codecs.load(known["codec"])):
             raise ValueError(misfit)
+        if rule.schedules and known["replies"] == "difference":
+            raise _no(
+                f"replies 'difference' do not go with rule '{rule.name}', whose workers pull parameters as they are.",
+                fix="Leave them whole, or choose a rule that answers pushes with the center, such as downpour.",
+            )
         if (rule.schedules or rule.rounds) and known["lag_weight"] != "none":
             raise _no(
                 f"lag_weight '{known['lag_weight']}' does not go with rule '{rule.name}', whose updates have no lag.",

@@ -120,7 +120,9 @@ def serve(
     from paramserver.daemon import Daemon
 
     settings, voice = loaded.settings, Voice()
-    voice.say("info", f"Rule {settings.rule}, codec {settings.codec} up and {settings.reply_codec} down.")
+    differences = "differences in " if settings.replies == "difference" else ""
+    codecs = f"codec {settings.codec} up and {differences}{settings.reply_codec} down"
+    voice.say("info", f"Rule {settings.rule}, {codecs}.")
     voice.say("info", memory.before_the_model(settings))
 
     def ready(address: str) -> None:
@@ -182,7 +184,7 @@ def worker(
     app,
     "ServerSettings",
     only=(
-        *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
+        *("rule", "rule_settings", "codec", "replies", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "arrivals", "max_arrivals_mib"),
     ),
@@ -223,7 +225,7 @@ def launch(
     app,
     "ServerSettings",
     only=(
-        *("rule", "rule_settings", "codec", "reply_codec", "local_steps", "overlap", "seed", "directory"),
+        *("rule", "rule_settings", "codec", "replies", "reply_codec", "local_steps", "overlap", "seed", "directory"),
         *("lag_weight", "lag_exponent", "max_lag", "beyond_max_lag", "max_clock_gap", "buffers", "lease_s"),
         *("local_steps_by", "diversity_every_steps", "diversity_horizon_measurements", "diversity_delta"),
         *("budget_updates", "budget_samples", "budget_s", "checkpoint_interval_s"),

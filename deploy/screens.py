@@ -210,7 +210,8 @@ def list_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def status_view(address: str, found: Mapping[str, Any]) -> RenderableType:
     """A server's answer: what it is doing, its workers, and what it waits for."""
     by = "" if found["local_steps_by"] == "fixed" else f" by {found['local_steps_by']}"
-    codecs = f"{found['codec']} up and {found['reply_codec']} down"
+    differences = "differences in " if found["replies"] == "difference" else ""
+    codecs = f"{found['codec']} up and {differences}{found['reply_codec']} down"
     rule = f"{found['rule']}, {found['local_steps']} local steps{by}, {codecs}"
     sharing = sum(w["shares_memory"] for w in found["workers"])
     shared = f", shared with {sharing} of {len(found['workers'])}" if sharing else ""

@@ -139,8 +139,7 @@ class Applying:
 
     def confirmed(self, session: Session, reply_id: int) -> None:
         """The worker has all of this reply: it is owed no longer, and its slot is free before the next push."""
-        if session.owed is not None and reply_id in session.owed.replies:
-            session.go_on()
+        session.named(reply_id)
 
     def _go_on(self, push: _Push, uplink: Uplink, results: Sequence[Any]) -> Work | None:
         """After the update was tried, taken, or applied."""
@@ -162,7 +161,7 @@ class Applying:
         """The rule decides; the work that follows, or None where the push is refused."""
         session, transfer = push.session, push.transfer
         try:
-            if refusal := uplink.refusal(session):
+            if refusal := uplink.refusal(session, transfer.begin):
                 raise refusal
             state, shard = self._state, self._state.hosted.shard
             slot, scalars = _complete(transfer)
@@ -199,7 +198,17 @@ class Applying:
             return work or uplink.take_work(transfer)
         shard.decisions = decisions
         buffers = self._buffers(session, facts.fragment)
-        return shard.push_work(facts.fragment, slot.update, session.arrays, push.effects, push.answer, out, buffers)
+        return shard.push_work(
+            facts.fragment,
+            slot.update,
+            session.arrays,
+            push.effects,
+            push.answer,
+            out,
+            buffers,
+            session.replica,
+            state.key(session, facts.number),
+        )
 
     def _finish(self, push: _Push, uplink: Uplink, results: Sequence[bool]) -> None:
         state, shard, session = self._state, self._state.hosted.shard, push.session
@@ -251,9 +260,8 @@ class Applying:
                 session.owed = Owed(push.memory, None, version, uplink.give)
                 uplink.give(slot)
             self.send_owed(session)
-            if state.rule.lost_reply == "reanchor":
-                session.owed.settle()
-                session.owed = None
+            if not state.keeps_replies:
+                session.go_on()
         self._deciding.carry_out(push.effects, pusher=session)
         self._give_late()
 

@@ -9,8 +9,8 @@ Laws
 * (epoch, version) only grows.
 
 This file is the door: it finds the session a message belongs to, hands it to the part whose business it is, and lets
-time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `downlink`, `sharing`,
-`durability`; what they share is `state`.
+time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `deciding`, `pulls`, `late`, `downlink`,
+`sharing`, `durability`; what they share is `state`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from paramserver.downlink import Downlink
 from paramserver.durability import Durability, Recovered, Save, Saved, SaveFailed
 from paramserver.initial import InitialWeights
 from paramserver.joining import Joining
+from paramserver.late import LateReplies
 from paramserver.order import WorkOrder
 from paramserver.pulls import Pulls
 from paramserver.session import Session
@@ -121,7 +122,8 @@ class ServerCore:
             self.deciding,
             give_late=lambda: self.pulls.answer_late(),
         )
-        self.pulls = Pulls(self.state, self.out, self.order, self.downlink, self.applying, self.deciding)
+        self.late = LateReplies(self.state, self.order, self.applying, self.deciding)
+        self.pulls = Pulls(self.state, self.out, self.order, self.downlink, self.applying, self.deciding, self.late)
         self.initial = InitialWeights(self.state, self.out, self.order, lambda session: self.joining.welcome(session))
         self.uplink = Uplink(
             self.state,
@@ -500,7 +502,7 @@ class ServerCore:
         """Check the invariants across sessions, slots and replies."""
         self.downlink.validate()
         for session in self.sessions.values():
-            assert session.live or (session.transfer is None and session.arrays is None), session
+            assert session.live or (session.transfer is None and session.arrays is session.replica is None), session
             assert session.decision.version <= self.version, session
         if self.state.model is None:
             return
@@ -510,6 +512,7 @@ class ServerCore:
         owed = [s.owed.slot.index for s in self.sessions.values() if s.owed and s.owed.slot]
         held = [s.transfer.slot.index for s in self.sessions.values() if s.transfer and s.transfer.slot] + owed
         assert len(held) == len(set(held)), "a slot has two owners"
-        assert len(held) <= slots.taken <= len(held) + len(self.downlink), (
-            f"a slot lost its owner: {held}, {slots!r}, {len(self.downlink)} replies"
+        replies = len(self.downlink) + self.late.being_made
+        assert len(held) <= slots.taken <= len(held) + replies, (
+            f"a slot lost its owner: {held}, {slots!r}, {replies} replies"
         )

@@ -355,7 +355,14 @@ def warm(settings: ServerSettings) -> None:
     lying.flags.writeable = False  # as the memory of workers is
     sum_of(vector, lying, np.float32(1.0), vector.copy(), vector.copy(), 0)
     shard = Shard(
-        layout, rule, config, settings.terms(), codec=settings.codec, reply_codec=settings.reply_codec, epoch=0
+        layout,
+        rule,
+        config,
+        settings.terms(),
+        codec=settings.codec,
+        reply_codec=settings.reply_codec,
+        replies=settings.replies,
+        epoch=0,
     )
     scratch = np.zeros(BLOCK_ELEMENTS, np.float32)
 
@@ -366,8 +373,8 @@ def warm(settings: ServerSettings) -> None:
     for chunk in shard.exact.chunks:
         shard.exact.take(chunk, exact[chunk.offset : chunk.offset + chunk.size].copy(), exact)
     run(shard.load_work(exact))
-    session = shard.session_arrays()
-    run(shard.read_work(np.zeros(shard.down.bytes, np.uint8), CENTER, None, session, "anchor"))
+    session, replica = shard.session_arrays()
+    run(shard.read_work(np.zeros(shard.down.bytes, np.uint8), CENTER, None, session, "anchor", replica))
     decisions, _ = rule.join(config, shard.decisions, Member("warm"), 0.0)
     for fragment, up in enumerate(shard.ups):
         update, reply = np.zeros(up.bytes, np.uint8), np.zeros(shard.downs[fragment].bytes, np.uint8)
@@ -385,4 +392,4 @@ def warm(settings: ServerSettings) -> None:
                 break
             answer = reply_to("warm", effects)
             buffers = [np.zeros(3, np.float32)]
-            run(shard.push_work(fragment, update, session, effects, answer, reply, buffers))
+            run(shard.push_work(fragment, update, session, effects, answer, reply, buffers, replica))

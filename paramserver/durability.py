@@ -207,10 +207,10 @@ def restore(state: ServerState, recovered: Recovered) -> None:
             # what the rule waits for must be done, even if it was done before: the order is said again as a new one
             session.last_order = (state.epoch << CONNECTION_BITS) + 1
             session.order = replace(session.order, id=session.last_order)
-        if session.live and state.rule.private:
+        if session.live and (state.rule.private or state.keeps_replicas):
             session.anchored = False  # what it holds went on without us
         if session.live and session.anchored:
-            _restore_arrays(session, shard.session_arrays(), arrays)
+            _restore_arrays(session, shard.session_arrays().arrays, arrays)
 
 
 def layout_of(state: ServerState, recovered: Recovered) -> Layout:

@@ -104,7 +104,8 @@ class Joining:
             "diversity_every_steps": s.diversity_every_steps,
             "schedules": state.rule.schedules,
             "fragments": state.rule.fragments(state.config),
-            "confirm": state.rule.lost_reply == "resend",
+            "confirm": state.keeps_replies,
+            "replica": state.keeps_replicas,
             "buffers": s.buffers_policy(),
             "lease_s": s.lease_s,
             "machine": state.machine,
@@ -252,11 +253,13 @@ class Joining:
         state = self._state
         if hello.role == "observer" and not hello.elements:
             return None
+        adds = (codecs.DIFFERENCE,) if state.keeps_replicas else ()
         for codec in (state.settings.codec, state.settings.reply_codec):
-            if not set(codecs.words(codec)) <= set(hello.codecs):
+            if not {*codecs.words(codec), *adds} <= set(hello.codecs):
+                more = " for differences" if adds else ""
                 raise PeerError(
                     Code.UNKNOWN_CODEC,
-                    f"The server uses codec '{codec}', which this worker does not know.",
+                    f"The server uses codec '{codec}'{more}, which this worker does not know.",
                     fix="Install the same version of paramserver on both sides.",
                 )
         if hello.optimizer is not None:

@@ -1,6 +1,7 @@
 """What the server needs, in bytes: a sum that is stated before it is used, and kept to.
 
 center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + checkpoint shadow + second center
++ sessions x replica, where replies are differences: in no checkpoint, so without a shadow
 + workers of this machine x (their updates, our replies) that lie in memory shared with them
 """
 
@@ -12,7 +13,7 @@ from common import chunks, rules
 from common.config import ServerSettings
 from common.layout import Layout
 from common.rules.base import add_update
-from paramserver.shard import adds_plainly
+from paramserver.shard import LOSSLESS, adds_plainly, keeps_replicas
 from paramserver.slots import slot_count
 from paramserver.snapshots import BUFFERS
 
@@ -29,6 +30,8 @@ class MemoryPlan(NamedTuple):
     per_session: int
     arrays: int
     """Of that, what the rule keeps."""
+    replica: int
+    """Of each session too, and in no checkpoint: what its worker holds, where replies are differences."""
     slots: int
     per_slot: int
     snapshots: int
@@ -41,15 +44,17 @@ class MemoryPlan(NamedTuple):
     def total(self, sessions: int, sharing: int = 0) -> int:
         """Bytes with that many workers, of which so many share memory with the server."""
         state = self.center + self.rule_state + sessions * self.per_session
-        return state * (2 if self.saved else 1) + self.second + self.pool + sharing * self.shared
+        state *= 2 if self.saved else 1
+        return state + self.second + sessions * self.replica + self.pool + sharing * self.shared
 
     def sentence(self, sessions: int) -> str:
         """The sum in words, for `serve`."""
         shadow = " twice, for checkpoints," if self.saved else ""
         second = f" + next center {_mib(self.second)}" if self.second else ""
+        replicas = f" + {sessions} replicas x {_mib(self.replica)}" if self.replica else ""
         return (
             f"Memory: center {_mib(self.center)} + rule {_mib(self.rule_state)} + {sessions} workers x "
-            f"{_mib(self.per_session)}{shadow} + pool {_mib(self.pool)} ({self.slots} exchanges at once)"
+            f"{_mib(self.per_session)}{shadow}{replicas} + pool {_mib(self.pool)} ({self.slots} exchanges at once)"
             f"{second} = "
             f"{_mib(self.total(sessions))}; {_mib(self.shared)} more for each that shares memory."
         )
@@ -60,9 +65,10 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     rule = rules.load(settings.rule)
     config = settings.rule_config()
     up, down = chunks.plan(layout, settings.codec), chunks.plan(layout, settings.reply_codec)
+    whole = down if settings.replies == "whole" else chunks.plan(layout, LOSSLESS)
     vector = FLOAT_BYTES * layout.parameters
     session_vectors = _vectors(rule.session(config, settings.overlap, 1, "float32"))
-    snapshots = BUFFERS * down.bytes
+    snapshots = BUFFERS * whole.bytes
     shares = settings.shared_memory and not settings.arrivals
     count = slot_count((settings.pool_mib << 20) - snapshots, up.bytes + down.bytes, settings.max_sessions)
     return MemoryPlan(
@@ -71,6 +77,7 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
+        replica=vector if keeps_replicas(rule, settings.replies) else 0,
         slots=count,
         per_slot=up.bytes + down.bytes,
         snapshots=snapshots,
@@ -89,8 +96,10 @@ def before_the_model(settings: ServerSettings) -> str:
     shadow = "2 x " if settings.directory else ""
     plain = settings.shared_memory and not settings.arrivals and rule.apply is add_update
     second = " + 4N bytes for the next center, where updates and replies are plain," if plain else ""
+    replicas = " + W x 4N bytes for replicas" if keeps_replicas(rule, settings.replies) else ""
     return (
-        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{second}"
+        f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{replicas}"
+        f"{second}"
         f" + a pool of at most {settings.pool_mib} MiB for transfers."
     )
 

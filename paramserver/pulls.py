@@ -2,7 +2,8 @@
 
 Laws
 * Pulls of one version share one encoded snapshot; a pull never waits for the pushes that wait. A late reply to a push
-  is encoded into the memory that its worker shares, where there is any.
+  is encoded into the memory that its worker shares, where there is any. Where replies are differences, pulls are whole,
+  and late replies are the business of `paramserver.late`.
 * Of one session, at most one request of a kind waits. A pull that anchors and comes twice is answered once.
 * Only a pull that anchors, and a reply that comes later than its push, tell the rule anything: what its worker goes on
   from (GEM: s <- c). Pulls to evaluate never do.
@@ -22,6 +23,7 @@ from common.messages import Message, Offer, Pull, Reply
 from paramserver.applying import Applying
 from paramserver.deciding import Deciding
 from paramserver.downlink import Downlink
+from paramserver.late import LateReplies
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session
 from paramserver.shard import CENTER, Source, Work
@@ -62,6 +64,7 @@ class Pulls:
         downlink: Downlink,
         applying: Applying,
         deciding: Deciding,
+        late: LateReplies,
     ) -> None:
         self._state = state
         self._out = out
@@ -69,6 +72,7 @@ class Pulls:
         self._downlink = downlink
         self._applying = applying
         self._deciding = deciding
+        self._late = late
         self._waiting: deque[_Request] = deque()
 
     def pull(self, session: Session, pull: Pull) -> None:
@@ -82,6 +86,8 @@ class Pulls:
 
         def announce(reply: Reply, payload: memoryview | bytes) -> Offer:
             finished = bool(state.finished)
+            if kind == "anchor":
+                session.holds = {reply.id}
             return Offer(session.token, session.connection, pull.purpose, pull.source, reply, finished, payload)
 
         kind: Kind = pull.purpose if session.role == "worker" else "evaluate"
@@ -100,11 +106,16 @@ class Pulls:
 
     def answer_again(self, session: Session) -> None:
         """The reply to an applied push was lost: the same once more, or the center as it is now."""
-        if session.decision.outcome != "applied" or session.decision.source is None or self._state.diverged:
+        state = self._state
+        if session.decision.outcome != "applied" or session.decision.source is None or state.diverged:
             self._applying.tell_decision(session)
+        elif state.keeps_replicas and session.merged not in session.holds:
+            session.anchored = False
+            raise PeerError(Code.STALE, "This worker does not hold what its reply is added to.", fix="Say Hello again.")
         elif session.owed is not None:
-            self._applying.send_owed(session)
-        elif self._state.rule.lost_reply == "resend":
+            if session.owed.made:
+                self._applying.send_owed(session)
+        elif state.rule.lost_reply == "resend":
             # the very bytes are gone, and the center is no substitute: it says Hello, and anchors anew
             session.anchored = False
             raise PeerError(Code.STALE, "The reply to this push is no longer kept.", fix="Say Hello again.")
@@ -129,6 +140,9 @@ class Pulls:
                 self.answer_held(session)
 
     def _reply(self, session: Session, how: Literal["anchor", "given"]) -> None:
+        if self._state.keeps_replicas:
+            self._late.add(session)
+            return
         session.answered_connection = session.connection
         answer, decision = self._applying.answer, session.decision
         assert decision.source is not None
@@ -148,6 +162,7 @@ class Pulls:
         """Serve what a snapshot can serve; have the others encoded before the pushes that wait."""
         if self._state.model is None:
             return
+        self._late.serve()
         for _ in range(len(self._waiting)):
             request = self._waiting.popleft()
             if not request.alive:
@@ -209,11 +224,11 @@ class Pulls:
         if request.how == "anchor":
             session.anchored = False  # until it is told: who comes back in between must anchor anew
             if session.arrays is None:
-                session.arrays = shard.session_arrays()
+                session.arrays, session.replica = shard.session_arrays()
         self._waiting.remove(request)
         target.append(snapshot)
-        arrays = session.arrays if told else None
-        return shard.read_work(snapshot.data, request.source, request.fragment, arrays, request.how or "given")
+        arrays, replica = (session.arrays, session.replica) if told else (None, None)
+        return shard.read_work(snapshot.data, request.source, request.fragment, arrays, request.how or "given", replica)
 
     def _encoded(self, request: _Request, snapshot: Snapshot, results: Sequence[bool]) -> None:
         if not all(results):

@@ -19,10 +19,9 @@ from common.codecs.base import F32, U8
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
 from common.messages import Hello
-from common.rules.base import Arrays
 from paramserver import memory
 from paramserver.order import Job, WorkOrder
-from paramserver.shard import Shard, Work
+from paramserver.shard import Kept, Shard, Work
 from paramserver.slots import Slots
 from paramserver.snapshots import Snapshots
 from paramserver.state import Hosted, Outbox, ServerState
@@ -108,14 +107,14 @@ class Room:
         missing = 0 if model else plan.center + plan.second + plan.rule_state + plan.snapshots
         slots = model.slots.missing(workers) if model else min(workers, plan.slots)
         sets = max(arrays - model.shard.spare_arrays, 0) if model else arrays
-        return missing + slots * plan.per_slot + sets * plan.arrays
+        return missing + slots * plan.per_slot + sets * (plan.arrays + plan.replica)
 
     def _work(self, layout: Layout, workers: int, arrays: int) -> Callable[[], None]:
         """Make all that is missing, on any thread; what is returned takes it over, on the loop."""
         before = self._state.model
         model = before or self._make_model(layout)
         slots: list[tuple[U8, U8]] = [model.slots.make() for _ in range(model.slots.missing(workers))]
-        sets: list[Arrays] = [model.shard.make_arrays() for _ in range(arrays - model.shard.spare_arrays)]
+        sets: list[Kept] = [model.shard.make_arrays() for _ in range(arrays - model.shard.spare_arrays)]
 
         def finish() -> None:
             if self._state.model is not before:
@@ -138,6 +137,7 @@ class Room:
             s.terms(),
             codec=s.codec,
             reply_codec=s.reply_codec,
+            replies=s.replies,
             epoch=state.epoch,
             second=bool(state.machine),
         )

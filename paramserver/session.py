@@ -8,12 +8,14 @@ Laws
 * A number is decided once. What was decided, and of which number, is in the same checkpoint as the weights.
 * One transfer at a time. It belongs to a connection and dies with it, unless it was committed: then it is decided.
 * A session with a committed transfer does not end before that is decided.
+* Where replies are differences, the replica is what the worker holds, or will hold once it has the reply that is owed.
+  A push is taken only where it names the reply, or the anchor, that made the replica what it is.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -67,7 +69,7 @@ class Transfer:
 class Owed:
     """A reply that may have to be sent again: its bytes stay where they are until the worker goes on from it.
 
-    `readers`: announcements of it that the transport may still read; `give` frees the slot.
+    `readers`: announcements of it that the transport may still read, and the job that makes it; `give` frees the slot.
     """
 
     reply: U8
@@ -76,12 +78,14 @@ class Owed:
     version: Version
     give: Callable[[Slot], None]
     readers: int = 0
+    made: bool = True
+    """Whether the bytes are there: a late reply waits for its turn."""
     settled: bool = False
     replies: set[int] = field(default_factory=set)
     """Ids it was announced under."""
 
     def read(self) -> None:
-        """One announcement is read, or given up."""
+        """One announcement is read, or given up; or the kernel is done."""
         self.readers -= 1
         self._let_go()
 
@@ -170,6 +174,11 @@ class Session:
     """Whether the rule knows it as a member."""
     arrays: Arrays | None = None
     """What the rule keeps: a named tuple of (parameters,) float32; None for observers and records."""
+    replica: F32 | None = None
+    """(parameters,) float32: what the worker holds of the center, or will once it has what is owed; None where replies
+    are whole."""
+    holds: Set[int] = frozenset()
+    """Ids of the reply that left the worker with the replica as it was before what is owed."""
     buffers: F32 | None = None
     """(buffers,) float32: last float buffers pushed, where they are averaged."""
     anchored: bool = False
@@ -181,7 +190,7 @@ class Session:
     """The connection on which the last decision was told."""
     transfer: Transfer | None = None
     owed: Owed | None = None
-    """The last reply, where the rule wants the very same bytes again if it is lost."""
+    """The last reply, where the very same bytes are wanted again if it is lost."""
     memory: U8 | None = None
     """Where this connection's replies to pushes lie, and its worker reads them; None: they are sent."""
     offered: int = 0
@@ -246,7 +255,8 @@ class Session:
     def end(self, now: float) -> None:
         """Keep only the record."""
         self.ended = now
-        self.arrays = None
+        self.arrays = self.replica = None
+        self.holds = frozenset()
         self.buffers = None
         self.anchored = False
         self.waits_for_init = False
@@ -255,6 +265,12 @@ class Session:
         if self.decision.outcome == "held":  # what was folded in counts; nobody waits for its answer any more
             self.decision = replace(self.decision, outcome="applied")
         self.go_on()
+
+    def named(self, reply_id: int) -> None:
+        """The worker says which reply it merged last: what is owed is what it holds, if that is the one."""
+        if self.owed is not None and reply_id in self.owed.replies:
+            self.holds = self.owed.replies
+            self.go_on()
 
     def go_on(self) -> None:
         """The worker has its last reply, or needs it no more."""

@@ -1,6 +1,9 @@
 """The state of one shard: the center, the rule's state, the version; and the block work that changes or reads it.
 
-    center   [ parameters | float buffers ]     (elements,) float32
+    center    [ parameters | float buffers ]    (elements,) float32
+    replica   [ parameters ]                    of each session, where replies are differences: what its worker holds
+
+    q <- C(center - replica),  replica <- replica + q           q: the reply, as its worker decodes it and adds it too
 
 Laws
 * All arithmetic is float32 (half precision exists only on the wire), block by block, in place.
@@ -10,6 +13,7 @@ Laws
 * Where an update is only added, it is decoded in the pass that adds it: nothing lies in between. Where neither it nor
   the reply are encoded, it may be added before it is checked, into a second center that only then becomes the center.
 * A reply is encoded in the same pass that applies the update, while the block is in cache.
+* A replica moves in the pass that encodes the reply, by what that decodes to: whoever merges it holds these very bits.
 * A part of a job reports whether what it wrote is finite: training that diverges is noticed at the version where it
   happens.
 """
@@ -17,6 +21,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,7 +66,15 @@ _NOWHERE = np.zeros(0, np.float32)
 """Where a copy goes that nobody wants."""
 
 LOSSLESS = "fp32"
-"""Codec of initial weights: everybody starts from the same bits."""
+"""Codec of initial weights, and of whole centers where replies are differences: everybody starts from the same bits."""
+
+
+class Kept(NamedTuple):
+    """What is kept for one session, each vector (parameters,) float32. arrays: the rule's; replica: what its worker
+    holds of the center, where replies are differences to that."""
+
+    arrays: Arrays
+    replica: F32 | None
 
 
 class Shard:
@@ -77,6 +90,7 @@ class Shard:
         codec: str,
         reply_codec: str,
         epoch: int,
+        replies: str = "whole",
         second: bool = False,
     ) -> None:
         self.layout = layout
@@ -90,7 +104,8 @@ class Shard:
         self.state: Arrays = rule.state(config, terms.overlap, layout.parameters, np.float32)
         self.decisions: Any = rule.start(config, terms)
         self.exact: Plan = plan(layout, LOSSLESS)
-        self.down: Plan = plan(layout, reply_codec)
+        self.down: Plan = plan(layout, reply_codec if replies == "whole" else LOSSLESS)
+        self.keeps_replicas = keeps_replicas(rule, replies)
         parts = rule.fragments(config)
         self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
@@ -99,14 +114,14 @@ class Shard:
         """Where the next center may be made."""
         self.longest_update = max(up.bytes for up in self.ups)
         """Bytes of the longest fragment of an update."""
-        self._spare: list[Arrays] = []
+        self._spare: list[Kept] = []
         self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
 
     def __repr__(self) -> str:
         return f"<Shard {self.rule.name} at {self.version}, {self.layout.parameters:,} parameters>"
 
     def reply_plan(self, fragment: int | None) -> Plan:
-        """How a fragment of a reply travels; None: all of it."""
+        """How a reply to a push of a fragment travels; None: all of a source, for whoever pulls it."""
         return self.down if fragment is None else self.downs[fragment]
 
     @property
@@ -114,18 +129,19 @@ class Shard:
         """Sets of arrays that were made ahead."""
         return len(self._spare)
 
-    def session_arrays(self) -> Arrays:
-        """What the rule keeps for one session, all zero: a named tuple of (parameters,) float32; one made ahead, where
-        there is any."""
+    def session_arrays(self) -> Kept:
+        """What is kept for one session, all zero; made ahead, where any was."""
         return self._spare.pop() if self._spare else self.make_arrays()
 
-    def keep_spare(self, arrays: Arrays) -> None:
-        """For a session that is about to need them."""
-        self._spare.append(arrays)
+    def keep_spare(self, kept: Kept) -> None:
+        """For a session that is about to need it."""
+        self._spare.append(kept)
 
-    def make_arrays(self) -> Arrays:
+    def make_arrays(self) -> Kept:
         """The same, fresh. Changes nothing here, so any thread may do it."""
-        return self.rule.session(self.config, self.overlap, self.layout.parameters, np.float32)
+        n = self.layout.parameters
+        arrays = self.rule.session(self.config, self.overlap, n, np.float32)
+        return Kept(arrays, zeros(n, np.float32) if self.keeps_replicas else None)
 
     def advance(self) -> None:
         """The center has changed once more."""
@@ -155,41 +171,50 @@ class Shard:
         reply: Reply | None,
         out: U8,
         buffers: Sequence[F32],
+        replica: F32 | None = None,
+        key: int = 0,
     ) -> Work:
         """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
         update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
         float32 each, the last values of all members, the first of them this worker's own, which is written here; none
-        where the center's buffers stay as they are.
+        where the center's buffers stay as they are; replica: (parameters,) what the worker holds, where the reply is
+        the difference to it; key: of the reply, where its codec rounds at random.
         """
         up, down = self.ups[fragment], self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
         added = _only_added(self.rule, effects) if reply is None or source == CENTER else None
+        plain = _NOWHERE if reply is None else down.in_place(out)
+        if plain is not None and reply is not None:
+            out[plain.nbytes : down.bytes] = 0
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
-            if added is not None:
-                first, finite = self._add(up, first, last, update, added, down if reply is not None else None, out)
-            made = np.empty(scratch.size, np.float32) if exchange is not None else scratch
+            made = scratch if exchange is None and replica is None else np.empty(scratch.size, np.float32)
+            if added is not None and plain is not None:
+                first, finite = self._add_and_copy(up, first, last, update, added, plain)
+            elif added is not None:
+                encode = partial(self._encode, down, out, source=CENTER, made=made, replica=replica, key=key)
+                first, finite = self._add_and_encode(up, first, last, update, added, encode)
             for index in range(first, last):
                 block = up.blocks[index]
                 d = up.values(block, update, scratch)
                 if reply is not None and reply.what == "before":
-                    finite &= self._encode(down, out, index, CENTER)
+                    finite &= self._encode(down, out, index, CENTER, made, replica, key)
                 if index >= up.parameter_blocks:
                     self._average(block.first, block.last, d, buffers)
                     if exchange is not None:
-                        finite &= self._encode(down, out, index, CENTER)
+                        finite &= self._encode(down, out, index, CENTER, made)
                 else:
                     part = slice(block.first, block.last)
                     c, state, kept = self.center[part], _part(self.state, part), _part(session, part)
                     perform(self.rule, self.config, effects, c, state, kept, d, self.stats[index])
                     if exchange is not None:
-                        finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out)
+                        finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out, key)
                 if source is not None:
-                    finite &= self._encode(down, out, index, source)
+                    finite &= self._encode(down, out, index, source, made, replica, key)
                 if unseen:  # no encoder looks at what was written
                     finite &= bool(np.isfinite(self.center[block.first : block.last]).all())
             return finite
@@ -220,27 +245,28 @@ class Shard:
         assert self._second is not None
         self.center, self._second = self._second, self.center
 
-    def _add(
-        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, down: Plan | None, out: U8
+    def _add_and_copy(
+        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, copy: F32
     ) -> tuple[int, bool]:
-        """Add the leading blocks of [first, last) whose codec can, and encode the reply after them: (first block left,
-        whether all is finite). down: how the reply travels; None where there is none."""
+        """Add the leading blocks of [first, last) whose codec can, and copy <- center there, many blocks in one pass:
+        (the first block that is left, whether all is finite). copy: (elements,), or (0,) where nobody wants it."""
         finite, end = True, min(last, up.parameter_blocks)
-        copy = _NOWHERE if down is None else down.in_place(out)
-        if copy is not None:  # many blocks in one pass
-            if down is not None:
-                out[copy.nbytes : down.bytes] = 0
-            for start, stop in up.runs(first, end):
-                if up.blocks[start].codec.add is None:
-                    return start, finite
-                finite &= up.add(start, stop, update, self.center, weight, copy)
-            return end, finite
-        assert down is not None
+        for start, stop in up.runs(first, end):
+            if up.blocks[start].codec.add is None:
+                return start, finite
+            finite &= up.add(start, stop, update, self.center, weight, copy)
+        return end, finite
+
+    def _add_and_encode(
+        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, encode: Callable[..., bool]
+    ) -> tuple[int, bool]:
+        """The same, each block of the center encoded while it is in the cache."""
+        finite, end = True, min(last, up.parameter_blocks)
         for index in range(first, end):
             if up.blocks[index].codec.add is None:
                 return index, finite
             finite &= up.add(index, index + 1, update, self.center, weight, _NOWHERE)
-            finite &= self._encode(down, out, index, CENTER)
+            finite &= encode(index=index)
         return end, finite
 
     def close_work(self, effects: Sequence[Effect]) -> Work:
@@ -261,19 +287,31 @@ class Shard:
         return _over(self.exact, work)
 
     def read_work(
-        self, out: U8, source: Source, fragment: int | None, session: Arrays | None, how: Literal["anchor", "given"]
+        self,
+        out: U8,
+        source: Source,
+        fragment: int | None,
+        session: Arrays | None,
+        how: Literal["anchor", "given"],
+        replica: F32 | None = None,
+        key: int = 0,
     ) -> Work:
-        """Encode a source as it is; with a session's arrays, its worker is given it: to go on from, or late.
+        """Encode a source; with a session's arrays, its worker is given it: to go on from, or late.
 
-        A rule whose worker half tracks what the server knows of it goes on from what the worker decodes.
+        A rule whose worker half tracks what the server knows of it goes on from what the worker decodes. replica:
+        (parameters,) an anchor is what it starts from; a late reply is the difference to it, with the key of the reply.
         """
         down = self.reply_plan(fragment)
         kernel = self.rule.anchor if how == "anchor" else self.rule.given
+        late = replica if how == "given" else None
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
             for index in range(first, last):
-                finite &= self._encode(down, out, index, source)
+                finite &= self._encode(down, out, index, source, scratch, late, key)
+                if replica is not None and how == "anchor" and index < down.parameter_blocks:
+                    part = slice(down.blocks[index].first, down.blocks[index].last)
+                    replica[part] = self.center[part]
                 if session is not None and kernel is not None and index < down.parameter_blocks:
                     block = down.blocks[index]
                     part = slice(block.first, block.last)
@@ -308,6 +346,7 @@ class Shard:
         d: F32,
         made: F32,
         out: U8,
+        key: int,
     ) -> bool:
         """The rule makes the reply; what the worker will decode of it is what the rule settles. made: (block,)."""
         assert self.rule.propose is not None
@@ -315,24 +354,42 @@ class Shard:
         self.rule.propose(self.config, c, state, session, d, exchange.weight, exchange.args, made)
         block = down.blocks[index]
         try:
-            down.encode_block(block, made, out)
+            down.encode_block(block, made, out, key)
         except CodecError:
             return False
         down.decode_block(block, out, made)
         self.rule.settle(self.config, c, state, session, made)
         return True
 
-    def _encode(self, down: Plan, out: U8, index: int, source: Source) -> bool:
+    def _encode(
+        self,
+        down: Plan,
+        out: U8,
+        index: int,
+        source: Source,
+        made: F32,
+        replica: F32 | None = None,
+        key: int = 0,
+    ) -> bool:
+        """A block of a source into `out`: as it is, or, but for buffers, as the difference to a replica, which moves by
+        what that decodes to. made: at least (block,), room for the difference."""
         name, row = source
         block = down.blocks[index]
         vector = self.center
         if name and index < down.parameter_blocks:
             array = getattr(self.state, name)
             vector = array[row] if array.ndim > 1 else array
+        part = slice(block.first, block.last)
         try:
-            down.encode_block(block, vector[block.first : block.last], out)
+            if replica is None or index >= down.parameter_blocks:
+                down.encode_block(block, vector[part], out)
+                return True
+            q = np.subtract(vector[part], replica[part], out=made[: block.last - block.first])
+            down.encode_block(block, q, out, key)
         except CodecError:
             return False
+        down.decode_block(block, out, q)
+        replica[part] += q
         return True
 
     def _average(self, first: int, last: int, own: F32, buffers: Sequence[F32]) -> None:
@@ -371,6 +428,12 @@ def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:
 def _over(plan: Plan, run: Callable[[int, int, F32], bool]) -> Work:
     """A job over the blocks of `plan`."""
     return Work(len(plan.blocks), sum(block.last - block.first for block in plan.blocks), run)
+
+
+def keeps_replicas(rule: Rule, replies: str) -> bool:
+    """Whether the server keeps what each worker holds of the center. A rule whose worker half tracks what the server
+    knows of it has differences for replies, and a replica of its own, anyway."""
+    return replies == "difference" and rule.track is None
 
 
 def source_of(reply: Reply | None) -> Source | None:

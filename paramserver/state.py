@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import rules, wire
+from common.codecs import draws
 from common.config import ServerSettings
 from common.errors import Code, PeerError
 from common.messages import NOWHERE, Fault, Message, Version
@@ -20,7 +21,7 @@ from paramserver import diversity
 from paramserver.budget import Budget
 from paramserver.diversity import Averages, Load
 from paramserver.session import Session
-from paramserver.shard import Shard
+from paramserver.shard import Shard, keeps_replicas
 from paramserver.slots import Slots
 from paramserver.snapshots import Snapshots
 
@@ -140,6 +141,20 @@ class ServerState:
         if fastest == 0.0 or session.pace.steps_per_s == 0.0:
             return s.local_steps
         return max(round(s.local_steps * session.pace.steps_per_s / fastest), 1)
+
+    @property
+    def keeps_replicas(self) -> bool:
+        """Whether replies are differences to what each worker holds."""
+        return keeps_replicas(self.rule, self.settings.replies)
+
+    @property
+    def keeps_replies(self) -> bool:
+        """Whether a reply that is lost must be sent again as it was."""
+        return self.rule.lost_reply == "resend" or self.keeps_replicas
+
+    def key(self, session: Session, number: int) -> int:
+        """Of the reply to this push, where its codec rounds at random."""
+        return draws.of_reply(self.settings.seed, session.worker, number)
 
     @property
     def sharing(self) -> int:

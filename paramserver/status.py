@@ -57,6 +57,7 @@ def describe(core: ServerCore, now: float) -> dict[str, Any]:
         "rule": core.settings.rule,
         "rule_settings": dict(core.settings.rule_settings),
         "codec": core.settings.codec,
+        "replies": core.settings.replies,
         "reply_codec": core.settings.reply_codec,
         "local_steps": core.settings.local_steps,
         "local_steps_by": core.settings.local_steps_by,

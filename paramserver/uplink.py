@@ -116,11 +116,14 @@ class Uplink:
             sentence = f"It is held until these have pushed: {', '.join(self._state.waited_for) or 'nobody'}."
             self._grant(session, session.decision.number, "wait", 0, Code.BUSY, sentence)
 
-    def refusal(self, session: Session) -> PeerError | None:
-        """Why no push of this session is taken at present; None where it is."""
+    def refusal(self, session: Session, begin: Begin) -> PeerError | None:
+        """Why this push, or any of this session, is not taken at present; None where it is."""
         state = self._state
         if not session.anchored:
             return PeerError(Code.UNEXPECTED, "This worker has not pulled the center it would start from.")
+        if state.keeps_replicas and (session.owed is not None or begin.merged not in session.holds):
+            sentence = "This update does not start from the last reply that its worker was given."
+            return PeerError(Code.BASE_VERSION, sentence, fix="Pull the center, and go on from there.")
         if state.finished:
             return PeerError(Code.FINISHED, f"Training is over: {state.finished}.")
         if state.diverged:
@@ -210,6 +213,7 @@ class Uplink:
                 return None
         if begin.number <= session.decision.number:
             if begin.number == session.decision.number and session.answered_connection != session.connection:
+                session.merged = begin.merged
                 self._again(session)
             return None
         if (under_way := session.transfer) is not None:
@@ -219,7 +223,8 @@ class Uplink:
         if self._state.stopping:
             self._grant(session, begin.number, "refuse", 0, Code.DRAINING, "The server is stopping.")
             return None
-        if refusal := self.refusal(session):
+        session.named(begin.merged)
+        if refusal := self.refusal(session, begin):
             self._refuse(session, begin, refusal)
             return None
         shard = self._state.hosted.shard

@@ -337,11 +337,14 @@ class Cluster:
         train_s: float = 0.05,
         settings: dict[str, Any] | None = None,
         trainer: type[Trainer] = Trainer,
+        rows: int = 0,
     ) -> None:
+        """rows: of the model, where it shall have more than one for each worker that there may ever be."""
+        self.most_workers = 4 * workers
         self.seed, self.faults, self.job_s, self.train_s, self.trainer = seed, faults, job_s, train_s, trainer
         self.random = random.Random(seed)
         self.world = World()
-        self.model = Counting(4 * workers, updates, guard)
+        self.model = Counting(max(rows, self.most_workers), updates, guard)
         defaults = {"directory": Path("unused"), "checkpoint_interval_s": 1.0, "lease_s": 6.0, "init_timeout_s": 2.0}
         self.settings = ServerSettings.model_validate(defaults | (settings or {}))
         self.disk: Save | None = None
@@ -410,7 +413,7 @@ class Cluster:
 
     def add_worker(self) -> None:
         """One more worker, with a row of its own, while there are rows."""
-        if len(self.trainers) < self.model.shape[0]:
+        if len(self.trainers) < self.most_workers:
             trainer = self.trainer(self, len(self.trainers))
             self.trainers.append(trainer)
             self.work(trainer, worker.Dialled())
@@ -524,7 +527,7 @@ class Cluster:
     def crash_worker(self, trainer: Trainer | None = None) -> None:
         """kill -9 of a worker; another takes its place."""
         alive = [t for t in self.trainers if not t.done]
-        if trainer is None and len(self.trainers) == self.model.shape[0]:
+        if trainer is None and len(self.trainers) == self.most_workers:
             return
         if victim := trainer or (self.random.choice(alive) if alive else None):
             victim.host.die()

@@ -7,6 +7,8 @@ Laws
 * Doubt (silence, a lost link, STALE) ends the connection, never the session: dial afresh, say Hello, resume.
 * When a session is gone the worker re-anchors; whether its outstanding push counts as pushed is decided here and only
   here: it is taken back only if the server shows that its number was never applied.
+* Where replies are differences, the replica is what this worker was last given of the center. It moves with an anchor,
+  and with a reply once all of it is here; the next push names which. The server's has the same bits.
 * While the server is away, training goes on; nothing here ever stops it.
 """
 
@@ -305,6 +307,8 @@ class WorkerCore:
         """Whether the server reads them there, on this connection."""
         self._spare: F32 | None = None
         """Memory for the next reply: fresh memory would cost more than filling it."""
+        self._replica: F32 | None = None
+        """(parameters,) float32: where replies are differences, what they are added to."""
         self._downloads: dict[int, Download] = {}
         self._wanted: dict[Purpose, str] = {}
         """Pulls not answered yet, and their sources."""
@@ -427,6 +431,12 @@ class WorkerCore:
         """Parts the vector is cut into by the server's rule."""
         welcome = self.membership.welcome
         return int(welcome.settings["fragments"]) if welcome else 1
+
+    @property
+    def _adds_replies(self) -> bool:
+        """Whether replies to pushes are differences to the replica."""
+        welcome = self.membership.welcome
+        return bool(welcome and welcome.settings.get("replica"))
 
     # Connecting
 
@@ -706,13 +716,17 @@ class WorkerCore:
             raise WireError(f"A reply in an unknown codec was announced: {error.sentence}") from None
         if reply.bytes != plan.bytes:
             raise WireError(f"A reply of {reply.bytes} bytes was announced, {plan.bytes} expected.")
+        adds = purpose == "push" and self._adds_replies
+        replica = self._replica if adds else None
+        if adds and replica is None:
+            raise WireError("A difference was announced before the center that it is added to.")
         values, self._spare = self._spare, None
         if values is None:
             values = zeros(plan.elements, np.float32)
-        download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)))
+        download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)), replica)
         self._downloads[reply.id] = download
         if len(payload) == plan.bytes:
-            plan.open(plan.span(0, len(plan.blocks)), np.frombuffer(payload, np.uint8), values)
+            self._land(download, plan.span(0, len(plan.blocks)), payload)
             self._arrived(download)
         elif len(plan.chunks) == 1:
             raise WireError(f"A reply of {plan.bytes} bytes came with {len(payload)}.")
@@ -740,9 +754,17 @@ class WorkerCore:
         plan = download.plan
         if index >= len(plan.chunks) or len(payload) != plan.chunks[index].size:
             raise WireError(f"Chunk {index} of a reply does not fit.")
-        chunk = plan.chunks[index]
-        plan.open(chunk, np.frombuffer(payload, np.uint8), download.values)
+        self._land(download, plan.chunks[index], payload)
         download.received[index] = 1
+
+    @staticmethod
+    def _land(download: Download, chunk: chunks.Chunk, payload: Buffer) -> None:
+        """Into its place, checked; where it is a difference, what that makes of the replica."""
+        plan = download.plan
+        plan.open(chunk, np.frombuffer(payload, np.uint8), download.values)
+        if download.replica is not None:
+            for block in plan.blocks[chunk.first : min(chunk.last, plan.parameter_blocks)]:
+                download.values[block.first : block.last] += download.replica[block.first : block.last]
 
     def _arrived(self, download: Download) -> None:
         """All of it is here."""
@@ -752,6 +774,8 @@ class WorkerCore:
         if download.purpose == "push":
             if self._upload is not None and self._upload.number == download.number:
                 self._upload = None
+                if download.replica is not None:
+                    download.replica[download.plan.part] = download.values[download.plan.part]
                 m.merged = download.reply.id
                 if cast(Welcome, m.welcome).settings.get("confirm"):  # the server keeps the reply until it hears this
                     self._send(More(m.token, m.connection, download.reply.id, 0))
@@ -762,6 +786,8 @@ class WorkerCore:
         del self._wanted[download.purpose]
         if download.purpose == "anchor":
             m.anchored = m.trained = True
+            if self._adds_replies:
+                self._replica = download.values[: download.plan.part.stop].copy()
             self._unseen_anchor = version
             m.merged = download.reply.id
         self._deliver(Fetched(download.purpose, download.source, version, download.values))

@@ -49,7 +49,8 @@ class Upload:
 class Download:
     """A reply on its way down, in the order of its chunks or not; each is decoded into its place as it arrives.
 
-    values: (elements,) float32, complete with the last chunk.
+    values: (elements,) float32, complete with the last chunk. replica: what it is added to as it arrives, where it is
+    a difference.
     """
 
     reply: Reply
@@ -59,6 +60,7 @@ class Download:
     source: str
     values: F32
     received: bytearray
+    replica: F32 | None = None
     until: int = 0
 
     @property

@@ -462,7 +462,7 @@ class Session:
         self._rule.update(self._config, x[:n], self._anchor[:n], delta[:n])
         delta[n:] = self._x[n:]
         progress, self._progress = self._progress, Progress()
-        part = slice(up.blocks[0].first, up.blocks[up.parameter_blocks - 1].last)
+        part = up.part
         if self._memory is not None:
             self._memory.add(delta, part.start, part.stop)
         self._in_flight = _InFlight(self._x, progress, part, self.steps)

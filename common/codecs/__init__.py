@@ -23,6 +23,8 @@ from common.errors import ConfigError
 HELPERS = ("base", "draws", "feedback", "parts", "tensors")
 FEEDBACK = "ef"
 PLAIN = "plain"
+DIFFERENCE = "difference"
+"""A word of its own: whoever knows it can add a reply to what it holds."""
 CHARACTERS = 64
 """Longest name with parameters."""
 
@@ -40,7 +42,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def known() -> tuple[str, ...]:
     """All that this side knows of `words`."""
-    return (*names(), FEEDBACK)
+    return (*names(), FEEDBACK, DIFFERENCE)
 
 
 @functools.lru_cache(maxsize=256)

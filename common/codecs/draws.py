@@ -1,6 +1,7 @@
 """Random numbers for codecs that round at random: not drawn one after the other, but computed from where they go.
 
     of_push(seed, worker, number)     key of one push
+    of_reply(seed, worker, number)    key of the reply to it, where that is a difference
     of_block(key, first)              key of its block that starts at element `first`
     bits(key, i)                      64 random bits for element i of that block
 
@@ -38,6 +39,12 @@ def of_push(seed: int, worker: str, number: int) -> int:
     """The key of one push, 64 bits."""
     text = f"{seed}/{number}/{worker}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def of_reply(seed: int, worker: str, number: int) -> int:
+    """The key of the reply to one push, 64 bits; another one than that of the push."""
+    text = f"{seed}/{number}/{worker}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"reply").digest(), "little")
 
 
 def of_block(key: int, first: int) -> int:

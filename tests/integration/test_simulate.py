@@ -86,6 +86,32 @@ def test_faults_happen_and_the_center_learns_all_the_same(tmp_path: Path) -> Non
     assert len(times) >= 4
 
 
+@pytest.mark.parametrize(("reply_codec", "times"), [("plain:int4", 4), ("plain:topk:0.05", 8)])
+def test_differences_are_a_fraction_of_whole_replies_and_teach_as_much(
+    reply_codec: str, times: int, tmp_path: Path
+) -> None:
+    """int8 alone is not a quarter: its scales, the tensors that go dense and the anchors come on top."""
+    words = {"rule": "downpour", "updates": 200, "local_steps": "4"}
+    whole = simulate(tmp_path / "whole", **words)
+    found = simulate(tmp_path / "difference", replies="difference", reply_codec=reply_codec, **words)
+    assert found["bytes_down"] * times < whole["bytes_down"]
+    assert found["bytes_up"] == whole["bytes_up"]
+    assert found["center_accuracy"] > whole["center_accuracy"] - 0.02 > 0.9
+
+
+def test_differences_with_faults_are_one_run_too(tmp_path: Path) -> None:
+    words = {
+        "replies": "difference",
+        "reply_codec": "plain:int4",
+        "codec": "topk:0.05",
+        "local_steps": "2",
+        "faults": FAULTS,
+    }
+    one, two = (simulate(tmp_path / n, "diloco", rule_settings=["fragments=2"], **words) for n in ("one", "two"))
+    assert one["center_sha256"] == two["center_sha256"]
+    assert (tmp_path / "one/run.jsonl").read_bytes() == (tmp_path / "two/run.jsonl").read_bytes()
+
+
 def test_stragglers_do_less(tmp_path: Path) -> None:
     found = simulate(tmp_path / "run", updates=200, stragglers="1:4")
     steps = [row["steps"] for row in found["workers"]]

@@ -58,7 +58,11 @@ class Trainer(Inhabitant):
             if self.session.exchanges.rejected == refused:
                 self.total += d  # of what is refused nothing stays
         assert self.session.flush(600.0)
+        self.done()
         self.session.close()
+
+    def done(self) -> None:
+        """All is pushed and settled, and the session is still there."""
 
     def train(self) -> F32:
         """x <- x + d."""
@@ -78,8 +82,10 @@ class Trainer(Inhabitant):
 
 
 @contextmanager
-def ran(directory: Path, faults: str, **settings: Any) -> Iterator[tuple[Any, list[Trainer]]]:
-    """The center, (elements,) float64, and the workers, when all have left."""
+def ran(
+    directory: Path, faults: str, *, kind: type[Trainer] = Trainer, network: int = 0, **settings: Any
+) -> Iterator[tuple[Any, list[Trainer]]]:
+    """The center, (elements,) float64, and the workers, when all have left. network: its seed."""
     made = scenario.make(
         workers=WORKERS,
         compute="50ms",
@@ -91,11 +97,11 @@ def ran(directory: Path, faults: str, **settings: Any) -> Iterator[tuple[Any, li
         evaluations=1,
         check=True,
     )
-    ether = Ether(made, 0, silent)
+    ether = Ether(made, network, silent)
     server = Server(ether.world, ServerSettings(directory=directory, **settings), ether.links, silent, check=True)
     ether.server = lambda: server.host
     server.start()
-    trainers = [Trainer(ether, number) for number in range(WORKERS)]
+    trainers = [kind(ether, number) for number in range(WORKERS)]
     if made.faults.cuts is not None:
         for number in range(1, 40):
             ether.world.after(number * 0.31, partial(cut, trainers[number % WORKERS]))

@@ -27,6 +27,7 @@ from common.simulator import ARRIVES_ANYWAY, Host
 from common.transports.base import SERVER
 from paramserver.core import Attach, Attached, Detach
 from tests.cluster import CheckedLink, Cluster, Faults, Trainer, check_counting
+from tests.simulation.test_differences import Adder, LeavingAdder, RoundAdder
 from tests.simulation.test_exactly_once import FAULTS, REAL, REPLAY, seeds
 from tests.simulation.test_rules_under_faults import (
     NO_CRASH,
@@ -141,6 +142,14 @@ class SharingRounder(Shares, Rounder):
 
 class SharingElastic(Shares, Elastic):
     """Under elastic averaging: replies that are owed."""
+
+
+class SharingAdder(Shares, LeavingAdder):
+    """Where replies are differences: what is owed stays where it lies."""
+
+
+class SharingRoundAdder(Shares, RoundAdder):
+    """And comes late."""
 
 
 class SharingLeaver(Shares, Leaver):
@@ -290,6 +299,37 @@ def test_clocks_with_a_gap(name: str) -> None:
     for seed in seeds(2):
         settings = {"max_clock_gap": 1}
         ran(seed, FAULTS[name], check_counting, kind=SharingCluster, settings=settings, trainer=SharingLeaver)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_differences(name: str) -> None:
+    """Copy and replica have the same bits: compared at every merge."""
+    SharedLink.pointed = 0
+    crashes = "crash" in name or name == "everything"
+    settings = {"replies": "difference", "reply_codec": "int8"}
+    for seed in seeds(2):
+        one = ran(
+            seed,
+            FAULTS[name],
+            check_counting,
+            kind=SharingCluster,
+            settings=settings,
+            trainer=SharingAdder,
+            rows=3_000,
+        )
+        two = ran(
+            seed,
+            FAULTS[name],
+            check_rounds,
+            kind=SharingCluster,
+            updates=25 if crashes else 10,
+            settings=settings | {"rule": "local_sgd"},
+            trainer=SharingRoundAdder,
+            rows=3_000,
+        )
+        trainers = [trainer for trainer in (*one.trainers, *two.trainers) if isinstance(trainer, Adder)]
+        assert all(trainer.compared for trainer in trainers if not trainer.dead)
+    assert SharedLink.pointed
 
 
 def test_under_cuts_it_ends_as_often_as_it_begins() -> None:

@@ -248,6 +248,40 @@ def test_replies_are_complete_in_themselves(codec: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "reply_codec"),
+    [
+        *(("downpour", name) for name in ("int8", "fp16", "plain:int4", "plain:topk:0.05", "natural", "plain:sign")),
+        *((rule, "plain:int4") for rule in ("gem", "diloco", "local_sgd", "easgd", "fedbuff")),
+    ],
+)
+def test_differences_travel_in_what_contracts(rule: str, reply_codec: str) -> None:
+    assert server(rule=rule, replies="difference", reply_codec=reply_codec).settings.reply_codec == reply_codec
+
+
+@pytest.mark.parametrize(
+    ("reply_codec", "parts"),
+    [
+        (None, ("as long as the center itself", "--reply-codec int8")),
+        ("fp32", ("as long as the center itself",)),
+        ("int4", ("counted twice", "Use plain:int4.")),
+        ("ef:int8", ("counted twice", "Use int8.")),
+        ("topk", ("counted twice", "Use plain:topk.")),
+        ("ef:randomk", ("counted twice", "Use another codec.")),
+        ("randomk", ("may enlarge",)),
+        ("terngrad", ("may enlarge",)),
+    ],
+)
+def test_differences_take_no_feedback_and_only_what_contracts(reply_codec: str | None, parts: tuple[str, ...]) -> None:
+    text = refusal(replies="difference", reply_codec=reply_codec)
+    assert all(part in text for part in parts), text
+    assert "reply_codec" in text
+
+
+def test_parameters_that_are_pulled_are_no_differences() -> None:
+    assert "whose workers pull parameters as they are" in refusal(rule="lsgd", replies="difference", reply_codec="int8")
+
+
+@pytest.mark.parametrize(
     ("pairs", "part"),
     [
         (["kapa=2"], "did you mean 'kappa'"),

@@ -91,6 +91,8 @@ def copied(calm: Path, tmp_path: Path) -> Path:
         {"rule": "fedbuff"},
         {"rule": "delayed_nesterov", "max_clock_gap": 2},
         {"rule": "diloco", "workers": 3},
+        {"rule": "gem", "replies": "difference", "reply_codec": "natural"},
+        {"rule": "diloco", "workers": 3, "replies": "difference", "reply_codec": "plain:int4"},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values() if isinstance(value, str)),
 )
