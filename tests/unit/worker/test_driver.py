@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from common.messages import (
     More,
     Offer,
     Pull,
+    Push,
     Reply,
     Scalars,
     Share,
@@ -64,7 +68,7 @@ class Server:
         def one() -> Any:
             if (found := self.end.receive()) is None:
                 return None
-            return found[0], wire.decode(found[1])
+            return found[0], wire.decode(found[1], payload_bytes=1 << 24)
 
         while True:
             peer, message = until(one, kind.__name__, PATIENCE_S)
@@ -172,11 +176,9 @@ def test_updates_are_read_where_the_trainer_wrote_them(both: tuple[Server, Worke
     server.end.share(server.peer, mine, (bytes.fromhex(share.place.mark), theirs))
     server.says(Shared("s", 1, mine.place, ""))
     push(worker, data, 3.0)
-    begin = server.hears(Begin)
-    server.says(Grant("s", 1, begin.number, "go", 8, "", ""))
-    chunk = server.hears(Chunk)
-    lying = np.frombuffer(chunk.payload, np.uint8)
-    assert lying.size == plan.chunks[0].size
+    pushed = server.hears(Push)
+    lying = np.frombuffer(pushed.payload, np.uint8)
+    assert lying.size == plan.bytes, "all of it, in one message"
     assert not lying.flags.writeable
     assert set(lying.view(np.float32)) == {3.0}
     data[:] = 0
@@ -184,7 +186,8 @@ def test_updates_are_read_where_the_trainer_wrote_them(both: tuple[Server, Worke
 
     mine.data.view(np.float32)[:] = 9.0
     reply = Reply(7, plan.bytes, "fp32", Version(1, 1))
-    ack = Ack("s", 1, begin.number, "applied", "", "", Version(1, 1), FIRST, 1.0, False, 1, reply, mine.data.data)
+    number = pushed.begin.number
+    ack = Ack("s", 1, number, "applied", "", "", Version(1, 1), FIRST, 1.0, False, 1, reply, mine.data.data)
     server.says(ack)
     settled = worker.told(core.Settled)
     assert set(settled.values) == {9.0}
@@ -219,6 +222,65 @@ def test_what_cannot_be_attached_ends_the_connection_and_nothing_of_it_is_said_o
         message.connection for peer, message in server.heard if peer == server.peer and isinstance(message, Beat)
     } <= {2}
     mine.withdraw()
+
+
+def test_ctrl_c_never_leaves_an_event_half_handled(
+    both: tuple[Server, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the core is at work for the trainer: the work is done, then the trainer is interrupted."""
+    server, worker = both
+    data, _ = joined(server, worker)
+    handle, handled = worker.core.handle, []
+
+    def interrupted(event: Any, now: float) -> list[Any]:
+        if isinstance(event, core.PushWanted):
+            signal.raise_signal(signal.SIGINT)
+        actions = handle(event, now)
+        handled.append(type(event))
+        return actions
+
+    monkeypatch.setattr(worker.core, "handle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        push(worker, data, 1.0)
+    assert core.PushWanted in handled
+    server.hears(Begin)
+
+
+def test_what_is_posted_while_another_thread_drives_is_not_left_lying(both: tuple[Server, Worker]) -> None:
+    """Many threads post at once: each event is handled once, and none waits for the next message."""
+    server, worker = both
+    joined(server, worker)
+    before = worker.core._progress.steps
+    threads = [
+        threading.Thread(target=lambda: [worker.driver.post(core.Progress(before + n)) for n in range(200)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    until(lambda: not worker.driver._posted or None, "all that was posted is handled", PATIENCE_S)
+
+
+def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
+    """With the trainer waiting, computing, and just back from waiting."""
+    server, worker = both
+    joined(server, worker)
+    plan = worker.core.plan("fp32")
+    for number, pause_s in enumerate([0.0, 0.001, 0.004, 0.006, 0.05] * 4):
+        worker.driver.post(core.PullWanted("evaluate"))
+        time.sleep(pause_s)
+        server.hears(Pull)
+        reply = Reply(10 + number, plan.bytes, "fp32", FIRST)
+        server.says(Offer("s", 1, "evaluate", "", reply, False))
+        time.sleep(pause_s)
+        server.hears(More)
+        for index, chunk in enumerate(plan.chunks):
+            server.says(Chunk("s", 1, reply.id, index, bytes(chunk.size)))
+        time.sleep(pause_s)
+        started = time.monotonic()
+        worker.told(core.Fetched)
+        assert time.monotonic() - started < 1.0
 
 
 def test_memory_that_is_asked_for_when_the_thread_has_ended_is_not_left_open() -> None:
