@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
@@ -34,7 +35,6 @@ ARRAY_ITEMS = 4096
 MAP_ITEMS = 256
 INTEGER_LIMIT = 1 << 53
 
-_AS_THEY_ARE = {int, float, bool, str, type(None)}
 Checker = Callable[[object, str], Any]
 
 
@@ -70,7 +70,7 @@ def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> M
     kind = _KINDS.get(str(header.pop("type", "")))
     if kind is None:
         raise WireError("The header names no type of message that exists.")
-    values = _fields(kind, header, kind.cls.__name__)
+    values = _fields(kind, header)
     if len(frames) == 2:
         if not kind.has_payload:
             raise WireError(f"{kind.cls.__name__} carries no payload.")
@@ -101,23 +101,42 @@ def _unpack(frame: Buffer) -> dict[str, Any]:
     return header
 
 
+class _Shape(NamedTuple):
+    """How the fields of a class are written."""
+
+    names: tuple[str, ...]
+    values: Callable[[Any], tuple[Any, ...]]
+    texts: tuple[str, ...]
+    """Those that may be too long."""
+    parts: tuple[str, ...]
+    """Those that have fields of their own, where they are not None."""
+
+
 def _plain(message: Any) -> dict[str, Any]:
     """A message, or a part of one, as msgpack's own types, without its payload."""
-    header = {}
-    for name in _names(cast(Hashable, type(message))):
-        value = getattr(message, name)
-        kind = type(value)
-        if kind is str and len(value) > STRING_BYTES // 4:
-            value = _clipped(value)
-        elif kind not in _AS_THEY_ARE and dataclasses.is_dataclass(value):
-            value = _plain(value)
-        header[name] = value
+    shape = _shape(cast(Hashable, type(message)))
+    header = dict(zip(shape.names, shape.values(message), strict=True))
+    for name in shape.texts:
+        if (text := header[name]) is not None and len(text) > STRING_BYTES // 4:
+            header[name] = _clipped(text)
+    for name in shape.parts:
+        if (part := header[name]) is not None:
+            header[name] = _plain(part)
     return header
 
 
 @functools.cache
-def _names(cls: Hashable) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cast(Any, cls)) if field.name != "payload")
+def _shape(cls: Hashable) -> _Shape:
+    hints = {name: hint for name, hint in get_type_hints(cls, vars(messages)).items() if name != "payload"}
+    kinds = {name: set(get_args(hint)) if get_args(hint) else {hint} for name, hint in hints.items()}
+    names = tuple(hints)
+    values = operator.attrgetter(*names)
+    return _Shape(
+        names,
+        values if len(names) > 1 else lambda message: tuple(values(message) for _ in names),
+        tuple(name for name in names if get_origin(hints[name]) is not tuple and str in kinds[name]),
+        tuple(name for name in names if any(dataclasses.is_dataclass(kind) for kind in kinds[name])),
+    )
 
 
 def _clipped(text: str) -> str:
@@ -130,15 +149,16 @@ def _clipped(text: str) -> str:
 
 class _Kind(NamedTuple):
     cls: type[Any]
-    checkers: dict[str, Checker]
+    checkers: dict[str, tuple[Checker, str]]
+    """Of every field, and what an error calls it."""
     has_payload: bool
 
 
-def _fields(kind: _Kind, header: dict[str, Any], where: str) -> dict[str, Any]:
+def _fields(kind: _Kind, header: dict[str, Any]) -> dict[str, Any]:
     if header.keys() != kind.checkers.keys():
         odd = ", ".join(sorted(str(name) for name in header.keys() ^ kind.checkers.keys()))
-        raise WireError(f"{where} lacks or does not know: {odd[:200]}.")
-    return {name: check(header[name], f"{where}.{name}") for name, check in kind.checkers.items()}
+        raise WireError(f"{kind.cls.__name__} lacks or does not know: {odd[:200]}.")
+    return {name: check(header[name], where) for name, (check, where) in kind.checkers.items()}
 
 
 def _integer(value: object, where: str) -> int:
@@ -207,7 +227,7 @@ def _nested(cls: type[Any]) -> Checker:
     def check(value: object, where: str) -> object:
         if type(value) is not dict:
             raise WireError(f"{where} is no map.")
-        return cls(**_fields(kind, value, where))
+        return cls(**_fields(kind, value))
 
     return check
 
@@ -236,7 +256,8 @@ def _checker(hint: Any) -> Checker:
 def _kind(cls: type[Any]) -> _Kind:
     hints = get_type_hints(cls, vars(messages))
     has_payload = hints.pop("payload", None) is not None
-    return _Kind(cls, {name: _checker(hint) for name, hint in hints.items()}, has_payload)
+    checkers = {name: (_checker(hint), f"{cls.__name__}.{name}") for name, hint in hints.items()}
+    return _Kind(cls, checkers, has_payload)
 
 
 _KINDS = {cls.__name__.lower(): _kind(cls) for cls in get_args(Message)}

@@ -73,9 +73,13 @@ class Downlink:
         self._last_id += 1
         reply = Reply(self._last_id, plan.bytes, plan.codec, version)
         session, connection, peer = to
+        if whole:  # nothing tells when it is read there
+            send = Send(peer, wire.encode(announce(reply, data.data)))
+            done()
+            return send
         out = Outgoing(reply, data, plan, session, connection, peer, done, of_push=of_push, asked=now)
         self._outgoing[reply.id] = out
-        if len(plan.chunks) > 1 and not whole:
+        if len(plan.chunks) > 1:
             return Send(peer, wire.encode(announce(reply, b"")))
         out.sent, out.reading = len(plan.chunks), 1
         return Send(peer, wire.encode(announce(reply, data.data)), hold=reply.id)
