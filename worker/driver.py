@@ -61,7 +61,7 @@ ENCODE_CHUNKS = 8
 log = logging.getLogger("paramserver.worker")
 
 
-ASIDE_S = 0.005
+ASIDE_S = 0.02
 """The thread in the background stays aside for so long after the trainer has waited, because it mostly waits again."""
 SWITCH_INTERVAL_S = 0.0005
 """How long Python lets one thread hold the interpreter: short, so that training does not starve the connection."""
