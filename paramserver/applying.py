@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Ack, Reply, Scalars
@@ -171,6 +172,7 @@ class Applying:
         push.memory = session.memory
         return shard.push_work(
             facts.fragment,
+            transfer.plan,
             slot.update,
             session.arrays,
             push.effects,
@@ -207,7 +209,7 @@ class Applying:
         state.budget.updates += 0 if reported else 1  # where steps are reported, each of them is one
         state.budget.samples += 0 if reported else facts.samples
         self._rates.add(state.now, 0 if reported else facts.samples)
-        self._log(session, facts, weight, bytes_down)
+        self._log(session, push.transfer.plan, facts, weight, bytes_down)
         if push.transfer.scalars is not None:
             self._deciding.measured(push.transfer.scalars.diversity, facts.steps)
         if not all(results):
@@ -249,7 +251,7 @@ class Applying:
         others = [s.buffers for s in self._state.members if s is not session and s.buffers is not None]
         return [session.buffers, *others]
 
-    def _log(self, session: Session, facts: Facts, weight: float, bytes_down: int) -> None:
+    def _log(self, session: Session, plan: Plan, facts: Facts, weight: float, bytes_down: int) -> None:
         state, shard = self._state, self._state.hosted.shard
         values: dict[str, Any] = {
             "worker": session.worker,
@@ -261,7 +263,7 @@ class Applying:
             "loss": facts.loss,
             "samples": facts.samples,
             "steps": facts.steps,
-            "bytes_up": shard.ups[facts.fragment].bytes,
+            "bytes_up": plan.bytes,
             "bytes_down": bytes_down,
             "bytes_pulled": state.ordered_bytes,
         }

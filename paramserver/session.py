@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
@@ -45,6 +46,7 @@ class Transfer:
     """An update (or the initial weights) on its way up."""
 
     begin: Begin
+    plan: Plan
     connection: int
     since: float
     slot: Slot | None = None

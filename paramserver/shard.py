@@ -22,6 +22,7 @@ import numpy as np
 
 from common.buffers import zeros
 from common.chunks import Plan, plan
+from common.codecs import choices
 from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
@@ -78,13 +79,24 @@ class Shard:
         self.exact: Plan = plan(layout, LOSSLESS)
         self.down: Plan = plan(layout, reply_codec)
         parts = rule.fragments(config)
-        self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
+        self.ups = tuple({one: plan(layout, one, part, parts) for one in choices(codec)} for part in range(parts))
+        """Of each fragment, by codec: where workers choose, there are several."""
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
         self._spare: list[Arrays] = []
-        self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
+        self.stats = np.zeros((max(down.parameter_blocks for down in self.downs), rule.stats_width))
 
     def __repr__(self) -> str:
         return f"<Shard {self.rule.name} at {self.version}, {self.layout.parameters:,} parameters>"
+
+    @property
+    def update_bytes(self) -> int:
+        """Of the longest update, in any codec."""
+        return max(up.bytes for ups in self.ups for up in ups.values())
+
+    @property
+    def reply_bytes(self) -> int:
+        """Of the longest reply to a push."""
+        return max(down.bytes for down in self.downs)
 
     def reply_plan(self, fragment: int | None) -> Plan:
         """How a fragment of a reply travels; None: all of it."""
@@ -130,6 +142,7 @@ class Shard:
     def push_work(
         self,
         fragment: int,
+        up: Plan,
         update: U8,
         session: Arrays,
         effects: Sequence[Effect],
@@ -139,11 +152,11 @@ class Shard:
     ) -> Work:
         """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
-        update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
-        float32 each, the last values of all members, the first of them this worker's own, which is written here; none
-        where the center's buffers stay as they are.
+        up: the fragment's plan in the update's codec; update: (up.bytes or more,) as checked; out: (down.bytes,),
+        written where there is a `reply`; buffers: (buffers,) float32 each, the last values of all members, the first of
+        them this worker's own, which is written here; none where the center's buffers stay as they are.
         """
-        up, down = self.ups[fragment], self.downs[fragment]
+        down = self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
@@ -285,8 +298,8 @@ class Shard:
     def validate(self) -> None:
         """The plans cut the same blocks."""
         assert len(self.down.blocks) == len(self.exact.blocks)
-        for up, down in zip(self.ups, self.downs, strict=True):
-            assert len(up.blocks) == len(down.blocks)
+        for ups, down in zip(self.ups, self.downs, strict=True):
+            assert all(len(up.blocks) == len(down.blocks) for up in ups.values())
 
 
 def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:

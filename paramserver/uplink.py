@@ -195,16 +195,14 @@ class Uplink:
             return None
         shard = self._state.hosted.shard
         try:
-            intake.check_begin(begin, shard.ups, shard.version)
+            plan = intake.check_begin(begin, shard.ups, shard.version)
         except PeerError as error:
             self._reject(session, begin.number, error)
             return None
         session.merged = begin.merged
         session.go_on()  # so it has its reply
         self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
-        transfer = Transfer(
-            begin, session.connection, self._state.now, received=bytearray(len(shard.ups[begin.fragment].chunks))
-        )
+        transfer = Transfer(begin, plan, session.connection, self._state.now, received=bytearray(len(plan.chunks)))
         session.transfer = transfer
         self._waiting.append((session, transfer))
         return transfer
@@ -224,13 +222,12 @@ class Uplink:
 
     def _take(self, session: Session, transfer: Transfer, index: int, payload: Buffer) -> bool:
         """Check one chunk into its place; False where it broke a rule and the transfer is over."""
-        shard = self._state.hosted.shard
         try:
             if transfer.begin.kind == "init":
-                intake.take_chunk(transfer, self._initial.buffer(), shard.exact, index, payload)
+                intake.take_chunk(transfer, self._initial.buffer(), index, payload)
             else:
                 assert transfer.slot is not None
-                intake.take_chunk(transfer, transfer.slot.update, shard.ups[transfer.begin.fragment], index, payload)
+                intake.take_chunk(transfer, transfer.slot.update, index, payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return False

@@ -78,13 +78,15 @@ class Trainer(Inhabitant):
 
 
 @contextmanager
-def ran(directory: Path, faults: str, **settings: Any) -> Iterator[tuple[Any, list[Trainer]]]:
+def ran(
+    directory: Path, faults: str, *, network: str = "lognormal:2ms,0.5", bandwidth_mb_s: float = 0.0, **settings: Any
+) -> Iterator[tuple[Any, list[Trainer]]]:
     """The center, (elements,) float64, and the workers, when all have left."""
     made = scenario.make(
         workers=WORKERS,
         compute="50ms",
-        network="lognormal:2ms,0.5",
-        bandwidth_mb_s=0.0,
+        network=network,
+        bandwidth_mb_s=bandwidth_mb_s,
         server_bandwidth_mb_s=0.0,
         stragglers="",
         faults=faults,
