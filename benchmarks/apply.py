@@ -96,7 +96,7 @@ class Push(NamedTuple):
     def moved_bytes(self, shard: Shard) -> int:
         """Payload, vectors and reply."""
         vectors = 4 * shard.layout.elements * (len(self.needed) + len(self.changed))
-        return shard.update_bytes + vectors + (shard.downs[0].bytes if self.replies else 0)
+        return shard.longest_update + vectors + (shard.downs[0].bytes if self.replies else 0)
 
     def sentence(self) -> str:
         """What it moves."""

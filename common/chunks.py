@@ -63,6 +63,8 @@ class Plan(NamedTuple):
     blocks: tuple[Block, ...]
     chunks: tuple[Chunk, ...]
     bytes: int
+    verbatim: bool
+    """Whether the bytes are the vector's own."""
 
     @property
     def remembers(self) -> bool:
@@ -89,8 +91,13 @@ class Plan(NamedTuple):
             encoded, elements = _encoded(block, data, 0)
             block.codec.check(encoded, elements)
 
+    def run(self, first: int, last: int) -> Chunk:
+        """The chunks [first, last) as one long one."""
+        start, end = self.chunks[first], self.chunks[last - 1]
+        return Chunk(start.first, end.last, start.offset, end.offset + end.size - start.offset)
+
     def take(self, chunk: Chunk, payload: U8, data: U8) -> None:
-        """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError.
+        """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError. chunk: or a run of them.
 
         Block by block, while it is in the cache. It is checked where it then lies (or as it is copied), so that nobody
         can change it between the check and the use.
@@ -100,7 +107,7 @@ class Plan(NamedTuple):
             piece, codec = payload[start - chunk.offset : end - chunk.offset], block.codec
             if codec.open is not None and codec.view is not None:
                 encoded, elements = _encoded(block, piece, start)
-                codec.open(encoded, codec.view(data[start : start + encoded.size]))
+                codec.open(encoded, codec.view(data[start : start + encoded.size]), self.bytes)
                 data[start + encoded.size : end] = 0
             else:
                 data[start:end] = piece
@@ -108,21 +115,19 @@ class Plan(NamedTuple):
                 codec.check(encoded, elements)
 
     def open(self, chunk: Chunk, payload: U8, flat: F32) -> None:
-        """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError."""
+        """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError. chunk: or a run."""
         for block in _joined(self.blocks[chunk.first : chunk.last]):
             encoded, elements = _encoded(block, payload, chunk.offset)
             x = flat[block.first : block.last]
             if block.codec.open is not None:
-                block.codec.open(encoded, x)
+                block.codec.open(encoded, x, 4 * self.elements)
             else:
                 block.codec.check(encoded, elements)
                 block.codec.decode(encoded, x)
 
     def in_place(self, data: U8) -> F32 | None:
         """data: (bytes,) -> the vector (elements,) that it is, where encoding changes nothing; else None."""
-        if all(block.codec.view is not None and block.offset == 4 * block.first for block in self.blocks):
-            return data[: 4 * self.elements].view(np.float32)
-        return None
+        return data[: 4 * self.elements].view(np.float32) if self.verbatim else None
 
     def decode(self, data: U8, flat: F32, first: int = 0, last: int | None = None) -> None:
         """flat: (elements,) <- checked data: (bytes,), blocks [first, last)."""
@@ -144,12 +149,23 @@ class Plan(NamedTuple):
         end = block.offset + block.codec.encoded_bytes(block.last - block.first)
         block.codec.decode(data[block.offset : end], out)
 
-    @staticmethod
-    def add_block(block: Block, data: U8, c: F32, weight: np.float32) -> None:
-        """c: (elements of the block,) += weight x the values of a block of checked `data`, whose codec can."""
-        assert block.codec.add is not None
-        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-        block.codec.add(data[block.offset : end], c, weight)
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Blocks [first, last) of parameters, cut where their codec sees a seam: (first, last) each."""
+        index = first
+        for block in _joined(self.blocks[first:last]):
+            start = index
+            while index < last and self.blocks[index].last <= block.last:
+                index += 1
+            yield start, index
+
+    def add(self, first: int, last: int, data: U8, c: F32, weight: np.float32, out: F32) -> bool:
+        """c: (elements,) += weight x the values of blocks [first, last), a run, of checked `data`: (bytes,), and
+        out: (elements,) or (0,) <- c there; whether all of c that changed is finite. Their codec can `add`."""
+        run, end = self.blocks[first], self.blocks[last - 1]
+        assert run.codec.add is not None
+        part = slice(run.first, end.last)
+        stop = end.offset + end.codec.encoded_bytes(end.last - end.first)
+        return run.codec.add(data[run.offset : stop], c[part], weight, out[part], 4 * self.elements)
 
     @staticmethod
     def values(block: Block, data: U8, scratch: F32) -> F32:
@@ -182,7 +198,8 @@ def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1)
             blocks.append(Block(section_codec, first, last, offset, size))
             offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
-    return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset)
+    verbatim = all(block.codec.view is not None and block.offset == 4 * block.first for block in blocks)
+    return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset, verbatim)
 
 
 def _joined(blocks: Sequence[Block]) -> Iterator[Block]:

@@ -27,6 +27,8 @@ from common.messages import PROTOCOL, Buffer, Message, Version
 HEADER_BYTES = 64 * 1024
 PAYLOAD_BYTES = (1 << 20) + (1 << 16)
 """One chunk of 1 MiB and what a codec or padding may add to it."""
+MAY_LIE_IN_SHARED_MEMORY = (messages.Chunk, messages.Ack)
+"""Then the payload is as long as what it is a piece of."""
 STRING_BYTES = 1024
 ARRAY_ITEMS = 4096
 MAP_ITEMS = 256
@@ -54,7 +56,7 @@ def encode(message: Message) -> list[Buffer]:
 
 
 def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> Message:
-    """The message in `frames`; raises WireError. payload_bytes: longest payload, where it may lie in shared memory."""
+    """The message in `frames`; raises WireError. payload_bytes: longest piece of a transfer, where memory is shared."""
     if not 1 <= len(frames) <= 2:
         raise WireError(f"A message has one or two frames, not {len(frames)}.")
     if len(frames[0]) > HEADER_BYTES:
@@ -72,10 +74,9 @@ def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> M
     if len(frames) == 2:
         if not kind.has_payload:
             raise WireError(f"{kind.cls.__name__} carries no payload.")
-        if len(frames[1]) > payload_bytes:
-            raise WireError(
-                f"The payload has {len(frames[1])} bytes, at most {payload_bytes} are allowed.", code=Code.LIMIT
-            )
+        limit = payload_bytes if kind.cls in MAY_LIE_IN_SHARED_MEMORY else PAYLOAD_BYTES
+        if len(frames[1]) > limit:
+            raise WireError(f"The payload has {len(frames[1])} bytes, at most {limit} are allowed.", code=Code.LIMIT)
         values["payload"] = frames[1]
     return cast(Message, kind.cls(**values))
 

@@ -241,7 +241,7 @@ class ServerCore:
 
     def _received(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         try:
-            message = wire.decode(frames)
+            message = wire.decode(frames, payload_bytes=self._longest_payload)
         except WireError as error:
             self._malformed(peer, error)
             return
@@ -249,6 +249,12 @@ class ServerCore:
             self._dispatch(peer, message)
         except PeerError as error:
             self.out.fault(peer, error)
+
+    @property
+    def _longest_payload(self) -> int:
+        """In shared memory all of an update that is ready is one piece."""
+        model = self.state.model
+        return wire.PAYLOAD_BYTES if model is None else max(wire.PAYLOAD_BYTES, model.shard.longest_update)
 
     def _dispatch(self, peer: bytes, message: Message) -> None:
         """To the part whose business it is; raises PeerError for what is answered by a Fault."""

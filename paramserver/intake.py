@@ -1,7 +1,7 @@
 """What must hold of a push before the center is touched. Each function raises PeerError with a code and a sentence.
 
 The order: frames and types (`common.wire`) -> session and connection (`paramserver.core`) -> `check_begin` -> chunks
-one by one, each checked as it lands (`take_chunk`) -> `check_complete` -> apply. A refusal changes no state.
+one by one, each checked as it lands (`take_chunks`) -> `check_complete` -> apply. A refusal changes no state.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ def check_begin(begin: Begin, plans: Sequence[Mapping[str, Plan]], version: Vers
     return plan
 
 
-def take_chunk(transfer: Transfer, target: U8, index: int, payload: Buffer) -> None:
-    """Check chunk `index` and put it in its place in `target`: (plan.bytes or more,)."""
+def take_chunks(transfer: Transfer, target: U8, first: int, payload: Buffer) -> None:
+    """Check chunk `first` and those that come with it, and put them in their place. target: (plan.bytes or more,)."""
     plan = transfer.plan
-    if index >= len(plan.chunks):
-        raise PeerError(Code.BAD_CHUNK, f"Chunk {index} of {len(plan.chunks)} does not exist.")
-    if transfer.received[index]:
-        raise PeerError(Code.BAD_CHUNK, f"Chunk {index} arrived twice.")
-    chunk = plan.chunks[index]
-    if len(payload) != chunk.size:
-        raise PeerError(Code.BAD_LENGTH, f"Chunk {index} has {len(payload):,} bytes, {chunk.size:,} expected.")
-    plan.take(chunk, np.frombuffer(payload, np.uint8), target)
-    transfer.received[index] = 1
+    if first >= len(plan.chunks):
+        raise PeerError(Code.BAD_CHUNK, f"Chunk {first} of {len(plan.chunks)} does not exist.")
+    last, size = first + 1, plan.chunks[first].size
+    while size < len(payload) and last < len(plan.chunks):
+        size += plan.chunks[last].size
+        last += 1
+    if size != len(payload):
+        raise PeerError(Code.BAD_LENGTH, f"Chunk {first} comes with {len(payload):,} bytes, where no chunk ends.")
+    if any(transfer.received[first:last]):
+        raise PeerError(Code.BAD_CHUNK, f"Chunk {first}, or one that came with it, arrived twice.")
+    plan.take(plan.run(first, last), np.frombuffer(payload, np.uint8), target)
+    transfer.received[first:last] = b"\1" * (last - first)
 
 
 def check_complete(transfer: Transfer) -> None:

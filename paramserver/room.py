@@ -140,7 +140,7 @@ class Room:
             reply_codec=s.reply_codec,
             epoch=state.epoch,
         )
-        slots = Slots(self._plan(layout).slots, shard.update_bytes, shard.reply_bytes)
+        slots = Slots(self._plan(layout).slots, shard.longest_update, shard.longest_reply)
         return Hosted(shard, slots, Snapshots(shard.down.bytes))
 
     def _host(self, model: Hosted) -> None:

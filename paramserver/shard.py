@@ -56,6 +56,9 @@ Source = tuple[str, int]
 
 CENTER: Source = ("", 0)
 
+_NOWHERE = np.zeros(0, np.float32)
+"""Where a copy goes that nobody wants."""
+
 LOSSLESS = "fp32"
 """Codec of initial weights: everybody starts from the same bits."""
 
@@ -82,21 +85,14 @@ class Shard:
         self.ups = tuple({one: plan(layout, one, part, parts) for one in choices(codec)} for part in range(parts))
         """Of each fragment, by codec: where workers choose, there are several."""
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        self.longest_update = max(up.bytes for ups in self.ups for up in ups.values())
+        """Bytes of the longest fragment of an update, in any codec."""
+        self.longest_reply = max(down.bytes for down in self.downs)
         self._spare: list[Arrays] = []
         self.stats = np.zeros((max(down.parameter_blocks for down in self.downs), rule.stats_width))
 
     def __repr__(self) -> str:
         return f"<Shard {self.rule.name} at {self.version}, {self.layout.parameters:,} parameters>"
-
-    @property
-    def update_bytes(self) -> int:
-        """Of the longest update, in any codec."""
-        return max(up.bytes for ups in self.ups for up in ups.values())
-
-    @property
-    def reply_bytes(self) -> int:
-        """Of the longest reply to a push."""
-        return max(down.bytes for down in self.downs)
 
     def reply_plan(self, fragment: int | None) -> Plan:
         """How a fragment of a reply travels; None: all of it."""
@@ -160,23 +156,22 @@ class Shard:
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
-        added = _only_added(self.rule, effects)
+        added = _only_added(self.rule, effects) if reply is None or source == CENTER else None
 
         def work(first: int, last: int, scratch: F32) -> bool:
             finite = True
+            if added is not None:
+                first, finite = self._add(up, first, last, update, added, down if reply is not None else None, out)
             made = np.empty(scratch.size, np.float32) if exchange is not None else scratch
             for index in range(first, last):
                 block = up.blocks[index]
-                at_once = added is not None and block.codec.add is not None and index < up.parameter_blocks
-                d = scratch if at_once else up.values(block, update, scratch)
+                d = up.values(block, update, scratch)
                 if reply is not None and reply.what == "before":
                     finite &= self._encode(down, out, index, CENTER)
                 if index >= up.parameter_blocks:
                     self._average(block.first, block.last, d, buffers)
                     if exchange is not None:
                         finite &= self._encode(down, out, index, CENTER)
-                elif at_once and added is not None:
-                    up.add_block(block, update, self.center[block.first : block.last], added)
                 else:
                     part = slice(block.first, block.last)
                     c, state, kept = self.center[part], _part(self.state, part), _part(session, part)
@@ -190,6 +185,29 @@ class Shard:
             return finite
 
         return _over(up, work)
+
+    def _add(
+        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, down: Plan | None, out: U8
+    ) -> tuple[int, bool]:
+        """Add the leading blocks of [first, last) whose codec can, and encode the reply after them: (first block left,
+        whether all is finite). down: how the reply travels; None where there is none."""
+        finite, end = True, min(last, up.parameter_blocks)
+        copy = _NOWHERE if down is None else down.in_place(out)
+        if copy is not None:  # many blocks in one pass
+            if down is not None:
+                out[copy.nbytes : down.bytes] = 0
+            for start, stop in up.runs(first, end):
+                if up.blocks[start].codec.add is None:
+                    return start, finite
+                finite &= up.add(start, stop, update, self.center, weight, copy)
+            return end, finite
+        assert down is not None
+        for index in range(first, end):
+            if up.blocks[index].codec.add is None:
+                return index, finite
+            finite &= up.add(index, index + 1, update, self.center, weight, _NOWHERE)
+            finite &= self._encode(down, out, index, CENTER)
+        return end, finite
 
     def close_work(self, effects: Sequence[Effect]) -> Work:
         """Run the kernels of `effects` where no update is pushed."""

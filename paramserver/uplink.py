@@ -2,7 +2,7 @@
 
 Laws
 * A slot is reserved before the first byte moves; slots are given in order of arrival, and die with the connection.
-* The sender may have at most a window of chunks under way.
+* The sender may have at most a window of chunks under way, where they do not lie in shared memory.
 * A decided number is never decided again: a repeat gets the original answer, and is no strike.
 * A push that breaks a rule is decided as rejected, leaves nothing behind, and is counted; three new ones within a
   minute put the worker in quarantine, each time for twice as long.
@@ -221,13 +221,14 @@ class Uplink:
             self._complete(session, transfer, push.scalars)
 
     def _take(self, session: Session, transfer: Transfer, index: int, payload: Buffer) -> bool:
-        """Check one chunk into its place; False where it broke a rule and the transfer is over."""
+        """Check chunk `index`, and those that come with it, into their place; False where one broke a rule and the
+        transfer is over."""
         try:
             if transfer.begin.kind == "init":
-                intake.take_chunk(transfer, self._initial.buffer(), index, payload)
+                intake.take_chunks(transfer, self._initial.buffer(), index, payload)
             else:
                 assert transfer.slot is not None
-                intake.take_chunk(transfer, transfer.slot.update, index, payload)
+                intake.take_chunks(transfer, transfer.slot.update, index, payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return False
@@ -271,7 +272,8 @@ class Uplink:
         self._out.record("reject", worker=session.worker, number=number, code=str(error.code), sentence=str(error))
 
     def _open_window(self, session: Session, transfer: Transfer) -> None:
-        transfer.until = self._state.settings.window_chunks
+        shared = session.memory is not None and transfer.begin.kind == "push"  # then nothing waits to be read
+        transfer.until = len(transfer.received) if shared else self._state.settings.window_chunks
         self._grant(session, transfer.begin.number, "go", transfer.until, "", "")
 
     def _grant(

@@ -306,7 +306,7 @@ class WorkerCore:
         self._upload: Upload | None = None
         self._place: Place | None = None
         """Where the bytes of every push lie, to be offered on each connection; None: nowhere that can be shared."""
-        self._shared = False
+        self._shares = False
         """Whether the server reads them there, on this connection."""
         self._spare: F32 | None = None
         """Memory for the next reply: fresh memory would cost more than filling it."""
@@ -367,7 +367,7 @@ class WorkerCore:
                     if self.phase not in ("greeting", "leaving"):
                         self._share()
                 case CannotAttach(sentence):
-                    self._place = None
+                    self._place, self._shares = None, False
                     self._doubt(f"memory of the server cannot be shared: {sentence}")
                 case Leave(reason):
                     self._leave(reason)
@@ -436,8 +436,7 @@ class WorkerCore:
     # Connecting
 
     def _hello(self) -> None:
-        layout = self._layout
-        self._shared = False
+        layout, self._shares = self._layout, False
         timeout_s = HELLO_TIMEOUTS_S[min(self._attempts, len(HELLO_TIMEOUTS_S) - 1)]
         self._attempts += 1
         self._hello_deadline = self._now + timeout_s
@@ -596,7 +595,7 @@ class WorkerCore:
 
     def _start_upload(self, upload: Upload) -> None:
         m = self.membership
-        upload.tried, upload.shared = True, self._shared
+        upload.tried, upload.shared = True, self._shares
         self._last_answer = self._now
         begin = Begin(
             m.token,
@@ -623,13 +622,15 @@ class WorkerCore:
         self._send_chunks(upload)
 
     def _send_chunks(self, upload: Upload) -> None:
-        """As many as are encoded and allowed; after the last of all, Commit."""
+        """As many as are encoded and allowed, where memory is shared in one message; after the last of all, Commit."""
         m = self.membership
-        while upload.sent < min(upload.until, upload.ready):
-            piece = upload.plan.chunks[upload.sent]
+        end = min(upload.until, upload.ready)
+        while upload.sent < end:
+            last = end if self._shares and upload.kind == "push" else upload.sent + 1
+            piece = upload.plan.run(upload.sent, last)
             payload = upload.data[piece.offset : piece.offset + piece.size].data
             self._send(Chunk(m.token, m.connection, upload.number, upload.sent, payload))
-            upload.sent += 1
+            upload.sent = last
         if upload.sent == len(upload.plan.chunks) and not upload.committed:
             upload.committed = True
             self._send(Commit(m.token, m.connection, upload.number, upload.scalars))
@@ -718,8 +719,7 @@ class WorkerCore:
         download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)))
         self._downloads[reply.id] = download
         if len(payload) == plan.bytes:
-            for index, chunk in enumerate(plan.chunks):
-                self._decode(download, index, memoryview(payload)[chunk.offset : chunk.offset + chunk.size])
+            plan.open(plan.run(0, len(plan.chunks)), np.frombuffer(payload, np.uint8), values)
             self._arrived(download)
         elif len(plan.chunks) == 1:
             raise WireError(f"A reply of {plan.bytes} bytes came with {len(payload)}.")
@@ -820,7 +820,7 @@ class WorkerCore:
             case Order():
                 self._ordered(message)
             case Shared(place=Place() as place):
-                self._shared = True
+                self._shares = True
                 self._out.append(Attach(place))
             case Shared():
                 self._say("info", f"No memory is shared with the server: {message.sentence}")

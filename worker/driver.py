@@ -52,7 +52,7 @@ from worker.core import (
 )
 
 BATCH_MESSAGES = 64
-ENCODE_CHUNKS = 4
+ENCODE_CHUNKS = 8
 """So many chunks are encoded between two words to the thread that sends them."""
 log = logging.getLogger("paramserver.worker")
 

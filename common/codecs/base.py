@@ -26,13 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import Code, CodecError
-from common.kernels import kernel
+from common.kernels import ALIGNED_BYTES, goes_far, kernel, put, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ALIGNED_BYTES",
     "BLOCK_ELEMENTS",
+    "EXPONENT",
     "F32",
     "U8",
     "Codec",
@@ -42,9 +44,13 @@ __all__ = [
     "all_finite",
     "copy_finite",
     "expect_bytes",
+    "exponent",
+    "goes_far",
     "kernel",
     "non_finite",
     "out_of_range",
+    "put",
+    "settle",
 ]
 
 F32: TypeAlias = NDArray[np.float32]
@@ -52,6 +58,8 @@ U8: TypeAlias = NDArray[np.uint8]
 
 BLOCK_ELEMENTS = 65_536
 """Longest block, elements: 256 KiB of float32, so that a block and its state stay in a core's L2 cache."""
+EXPONENT = np.uint32(0x7F80_0000)
+"""Of float32: all its bits set mean NaN or infinity."""
 
 
 class Encode(Protocol):
@@ -118,11 +126,13 @@ class Codec(NamedTuple):
     """data -> (n,) its values where they lie; None where decoding has to compute."""
     seamless: bool = False
     """Whether two blocks side by side are encoded as the one longer block that they make; blocks may then be longer."""
-    open: Callable[[U8, F32], None] | None = None
-    """`check` and `decode` in one pass over memory: (data, x), raises CodecError; None where one pass saves nothing."""
-    add: Callable[[U8, F32, np.float32], None] | None = None
-    """add(data, c, weight): c += weight x, x being what `decode` gives, in one pass over memory and to the same bits;
-    None where that saves nothing."""
+    open: Callable[[U8, F32, int], None] | None = None
+    """`check` and `decode` in one pass over memory: (data, x, size), raises CodecError; size: bytes of the vector that
+    x is part of. None where one pass saves nothing."""
+    add: Callable[[U8, F32, np.float32, F32, int], bool] | None = None
+    """add(data, c, weight, out, size): c += weight x, x being what `decode` gives, and out <- c, in one pass over
+    memory and to the same bits; whether all c are finite. out: (n,), or (0,) where nobody wants it; size: bytes of the
+    vector that it is part of. None where that saves nothing."""
     stochastic: bool = False
     """Does the key matter?"""
     same_bytes: bool = True
@@ -160,17 +170,6 @@ def out_of_range(largest: float) -> CodecError:
 
 
 @kernel
-def copy_finite(bits: Any, out: Any, exponent_mask: Any) -> bool:
-    """out <- bits and `all_finite` in one pass over memory. bits, out: (n,) floats seen as unsigned integers."""
-    bad = 0
-    for i in range(bits.size):
-        value = bits[i]
-        out[i] = value
-        bad += (value & exponent_mask) == exponent_mask
-    return bad == 0
-
-
-@kernel
 def all_finite(bits: Any, exponent_mask: Any) -> bool:
     """Whether no value of `bits` (floats seen as unsigned integers) has all exponent bits set.
 
@@ -180,3 +179,22 @@ def all_finite(bits: Any, exponent_mask: Any) -> bool:
     for i in range(bits.size):
         top = max(top, bits.dtype.type(bits[i] & exponent_mask))
     return bool(top < exponent_mask)
+
+
+@kernel
+def copy_finite(bits: Any, out: Any, exponent_mask: Any, far: Any) -> bool:
+    """out <- bits and `all_finite` in one pass over memory. bits, out: (n,) floats seen as unsigned integers; far: see
+    `common.kernels.put`."""
+    top = bits.dtype.type(0)
+    for i in range(bits.size):
+        value = bits[i]
+        put(out, i, value, far)
+        top = max(top, bits.dtype.type(value & exponent_mask))
+    settle(far)
+    return bool(top < exponent_mask)
+
+
+@kernel
+def exponent(value: Any) -> Any:
+    """The bits of a float32 that are all set where it is NaN or infinite."""
+    return np.uint32(np.float32(value).view(np.uint32) & EXPONENT)

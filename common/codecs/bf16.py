@@ -19,6 +19,7 @@ import numpy as np
 
 from common.codecs import draws, tensors
 from common.codecs.base import (
+    EXPONENT,
     F32,
     U8,
     Codec,
@@ -26,8 +27,12 @@ from common.codecs.base import (
     Parameter,
     all_finite,
     expect_bytes,
+    exponent,
+    goes_far,
     kernel,
     non_finite,
+    put,
+    settle,
 )
 from common.codecs.parts import (
     INFINITE_BITS,
@@ -36,7 +41,7 @@ from common.codecs.parts import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXPONENT = np.uint16(0x7F80)
+HALF_EXPONENT = np.uint16(0x7F80)
 LARGEST_BITS = np.uint32(0x7F7F_0000)
 LARGEST = float(LARGEST_BITS.view(np.float32))
 NEAREST, STOCHASTIC = "nearest", "stochastic"
@@ -72,9 +77,15 @@ def _decode(codes: Any, bits: Any) -> None:
 
 
 @kernel
-def _add(codes: Any, c: Any, weight: Any) -> None:
-    for i in range(codes.size):
+def _add(codes: Any, c: Any, weight: Any, out: Any, far: Any) -> bool:
+    wanted, top = out.size > 0, np.uint32(0)
+    for i in range(c.size):
         c[i] += weight * np.uint32(np.uint32(codes[i]) << 16).view(np.float32)
+        top = max(top, exponent(c[i]))
+        if wanted:
+            put(out, i, c[i], far)
+    settle(far)
+    return bool(top < EXPONENT)
 
 
 def encode(x: F32, out: U8, key: int = 0) -> None:
@@ -89,7 +100,7 @@ def encode_at_random(x: F32, out: U8, key: int = 0) -> None:
 
 def check(data: U8, n: int) -> None:
     expect_bytes(data, 2 * n)
-    if not all_finite(data.view(np.uint16), EXPONENT):
+    if not all_finite(data.view(np.uint16), HALF_EXPONENT):
         raise non_finite("The update")
 
 
@@ -97,8 +108,8 @@ def decode(data: U8, x: F32) -> None:
     _decode(data.view(np.uint16), x.view(np.uint32))
 
 
-def add(data: U8, c: F32, weight: np.float32) -> None:
-    _add(data.view(np.uint16), c, weight)
+def add(data: U8, c: F32, weight: np.float32, out: F32, size: int) -> bool:
+    return bool(_add(data.view(np.uint16), c, weight, out, goes_far(out, size)))
 
 
 def error_bound(x: F32) -> F32:

@@ -17,14 +17,19 @@ import numpy as np
 
 from common.codecs import tensors
 from common.codecs.base import (
+    EXPONENT,
     F32,
     U8,
     Codec,
     Device,
     all_finite,
     expect_bytes,
+    exponent,
+    goes_far,
     kernel,
     non_finite,
+    put,
+    settle,
 )
 from common.codecs.parts import (
     INFINITE_BITS,
@@ -36,7 +41,7 @@ from common.codecs.parts import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXPONENT = np.uint16(0x7C00)
+HALF_EXPONENT = np.uint16(0x7C00)
 
 
 @kernel
@@ -55,9 +60,15 @@ def _decode(codes: Any, bits: Any) -> None:
 
 
 @kernel
-def _add(codes: Any, c: Any, weight: Any) -> None:
-    for i in range(codes.size):
+def _add(codes: Any, c: Any, weight: Any, out: Any, far: Any) -> bool:
+    wanted, top = out.size > 0, np.uint32(0)
+    for i in range(c.size):
         c[i] += weight * np.uint32(from_half(codes[i])).view(np.float32)
+        top = max(top, exponent(c[i]))
+        if wanted:
+            put(out, i, c[i], far)
+    settle(far)
+    return bool(top < EXPONENT)
 
 
 def encode(x: F32, out: U8, key: int = 0) -> None:
@@ -67,7 +78,7 @@ def encode(x: F32, out: U8, key: int = 0) -> None:
 
 def check(data: U8, n: int) -> None:
     expect_bytes(data, 2 * n)
-    if not all_finite(data.view(np.uint16), EXPONENT):
+    if not all_finite(data.view(np.uint16), HALF_EXPONENT):
         raise non_finite("The update")
 
 
@@ -75,8 +86,8 @@ def decode(data: U8, x: F32) -> None:
     _decode(data.view(np.uint16), x.view(np.uint32))
 
 
-def add(data: U8, c: F32, weight: np.float32) -> None:
-    _add(data.view(np.uint16), c, weight)
+def add(data: U8, c: F32, weight: np.float32, out: F32, size: int) -> bool:
+    return bool(_add(data.view(np.uint16), c, weight, out, goes_far(out, size)))
 
 
 def error_bound(x: F32) -> F32:

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.codecs import tensors
-from common.codecs.base import F32, U8, Codec, Device, all_finite, copy_finite, expect_bytes, non_finite
+from common.codecs.base import (
+    EXPONENT,
+    F32,
+    U8,
+    Codec,
+    Device,
+    all_finite,
+    copy_finite,
+    expect_bytes,
+    exponent,
+    goes_far,
+    kernel,
+    non_finite,
+    put,
+    settle,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXPONENT = np.uint32(0x7F80_0000)
+
+@kernel
+def _add(x: Any, c: Any, weight: Any, out: Any, far: Any) -> bool:
+    wanted, top = out.size > 0, np.uint32(0)
+    for i in range(c.size):
+        c[i] += weight * x[i]
+        top = max(top, exponent(c[i]))
+        if wanted:
+            put(out, i, c[i], far)
+    settle(far)
+    return bool(top < EXPONENT)
 
 
 def encode(x: F32, out: U8, key: int = 0) -> None:
     bits, target = x.view(np.uint32), out.view(np.uint32)
     in_place = bits.ctypes.data == target.ctypes.data
-    if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, target, EXPONENT)):
+    if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, target, EXPONENT, False)):
         raise non_finite("The vector to encode")
 
 
@@ -32,10 +57,14 @@ def decode(data: U8, x: F32) -> None:
     x[:] = data.view(np.float32)
 
 
-def open_(data: U8, x: F32) -> None:
+def open_(data: U8, x: F32, size: int) -> None:
     expect_bytes(data, x.nbytes)
-    if not copy_finite(data.view(np.uint32), x.view(np.uint32), EXPONENT):
+    if not copy_finite(data.view(np.uint32), x.view(np.uint32), EXPONENT, goes_far(x, size)):
         raise non_finite("The update")
+
+
+def add(data: U8, c: F32, weight: np.float32, out: F32, size: int) -> bool:
+    return bool(_add(data.view(np.float32), c, weight, out, goes_far(out, size)))
 
 
 def device_encode(x: Tensor, key: int) -> Tensor:
@@ -69,4 +98,5 @@ CODEC = Codec(
     seamless=True,
     view=lambda data: data.view(np.float32),
     open=open_,
+    add=add,
 )

@@ -19,14 +19,20 @@ import numpy as np
 
 from common.codecs import tensors
 from common.codecs.base import (
+    ALIGNED_BYTES,
+    EXPONENT,
     F32,
     U8,
     Codec,
     CodecError,
     Device,
     expect_bytes,
+    exponent,
+    goes_far,
     kernel,
     non_finite,
+    put,
+    settle,
 )
 from common.codecs.parts import (
     INFINITE_BITS,
@@ -85,16 +91,24 @@ def _scale(codes: Any, scale: Any, x: Any) -> None:
 
 
 @kernel
-def _add(scales: Any, codes: Any, c: Any, weight: Any, length: Any) -> None:
+def _add(scales: Any, codes: Any, c: Any, weight: Any, length: Any, out: Any, far: Any) -> bool:
+    finite = True
     for g in range(scales.size):
         group = slice(g * length, (g + 1) * length)
-        _add_scaled(codes[group], scales[g], c[group], weight)
+        finite &= _add_scaled(codes[group], scales[g], c[group], weight, out[group], far)
+    settle(far)
+    return finite
 
 
 @kernel
-def _add_scaled(codes: Any, scale: Any, c: Any, weight: Any) -> None:
+def _add_scaled(codes: Any, scale: Any, c: Any, weight: Any, out: Any, far: Any) -> bool:
+    wanted, top = out.size > 0, np.uint32(0)
     for i in range(codes.size):
         c[i] += weight * (scale * np.float32(codes[i]))
+        top = max(top, exponent(c[i]))
+        if wanted:
+            put(out, i, c[i], far)
+    return bool(top < EXPONENT)
 
 
 def make(group: int) -> Codec:
@@ -117,9 +131,9 @@ def make(group: int) -> Codec:
         at = split(x.size)
         _decode(data[:at].view(np.float32), data[at:].view(np.int8), x, group)
 
-    def add(data: U8, c: F32, weight: np.float32) -> None:
-        at = split(c.size)
-        _add(data[:at].view(np.float32), data[at:].view(np.int8), c, weight, group)
+    def add(data: U8, c: F32, weight: np.float32, out: F32, size: int) -> bool:
+        at, far = split(c.size), goes_far(out, size) and 4 * group % ALIGNED_BYTES == 0
+        return bool(_add(data[:at].view(np.float32), data[at:].view(np.int8), c, weight, group, out, far))
 
     def error_bound(x: F32) -> F32:
         """Half a step, and the rounding of one division and one product."""

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from common import codecs
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
 from common.errors import Code, CodecError, ConfigError
+from common.kernels import ALIGNED_BYTES, FAR_BYTES
 
 FLT_MAX = np.finfo(np.float32).max
 SMALLEST = np.finfo(np.float32).smallest_subnormal
@@ -438,8 +439,28 @@ def test_adding_at_once_is_decoding_and_adding_to_the_bit(codec: Codec, weight: 
         for make in (noise, denormal, one_hot):
             data, c = encoded(codec, within(codec, make(n))), noise(n)
             expected = c + np.float32(weight) * decoded(codec, data, n)
-            codec.add(data, c, np.float32(weight))
-            assert (c.view(np.uint32) == expected.view(np.uint32)).all(), (n, make)
+            untouched = c.copy()
+            for out, size in ((np.zeros(0, np.float32), 0), (np.full(n, np.nan, np.float32), 0), (far(n), FAR_BYTES)):
+                c[:] = untouched
+                assert codec.add(data, c, np.float32(weight), out, size)
+                assert (c.view(np.uint32) == expected.view(np.uint32)).all(), (n, make)
+                assert (out.view(np.uint32) == expected[: out.size].view(np.uint32)).all(), (n, make)
+
+
+def test_adding_tells_of_what_is_no_longer_finite(codec: Codec) -> None:
+    if codec.add is None:
+        pytest.skip("decodes first")
+    for at in (0, 4095, 4096, 9999):
+        data, c = encoded(codec, np.ones(10_000, np.float32)), np.zeros(10_000, np.float32)
+        c[at] = np.inf
+        assert not codec.add(data, c, np.float32(1.0), c[:0], 0)
+
+
+def far(n: int) -> F32:
+    """(n,) where a kernel may write past the caches."""
+    whole = np.full(n + ALIGNED_BYTES // 4, np.nan, np.float32)
+    first = -whole.ctypes.data % ALIGNED_BYTES // 4
+    return whole[first : first + n]
 
 
 def test_a_seamless_codec_sees_no_seam(codec: Codec) -> None:

@@ -69,8 +69,8 @@ def test_chunks_in_any_order_are_taken_whole(plan: Plan, random: Any) -> None:
         refused(Code.TRUNCATED, intake.check_complete, under_way)
         chunk = plan.chunks[index]
         payload = ENCODED[plan.codec][chunk.offset : chunk.offset + chunk.size].tobytes()
-        intake.take_chunk(under_way, target, index, payload)
-        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, index, payload)
+        intake.take_chunks(under_way, target, index, payload)
+        refused(Code.BAD_CHUNK, intake.take_chunks, under_way, target, index, payload)
     intake.check_complete(under_way)
     assert target.tobytes() == ENCODED[plan.codec].tobytes()
 
@@ -80,9 +80,9 @@ def test_wrong_chunks(plan: Plan) -> None:
     target, under_way, chunk = np.zeros(plan.bytes, np.uint8), transfer(plan), plan.chunks[0]
     good = ENCODED[plan.codec][: chunk.size].tobytes()
     for payload in (b"", good[:-1], good + b"\0"):
-        refused(Code.BAD_LENGTH, intake.take_chunk, under_way, target, 0, payload)
+        refused(Code.BAD_LENGTH, intake.take_chunks, under_way, target, 0, payload)
     for index in (len(plan.chunks), 2**53 - 1):
-        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, index, good)
+        refused(Code.BAD_CHUNK, intake.take_chunks, under_way, target, index, good)
     refused(Code.TRUNCATED, intake.check_complete, under_way)
 
 
@@ -98,7 +98,7 @@ def test_values_that_are_not_finite() -> None:
                     start = block.offset - chunk.offset
                     bad[start : start + size].view(dtype if block.codec.name == name else np.float32)[place] = value
                     target = np.zeros(plan.bytes, np.uint8)
-                    refused(Code.NON_FINITE, intake.take_chunk, transfer(plan), target, index, bad.tobytes())
+                    refused(Code.NON_FINITE, intake.take_chunks, transfer(plan), target, index, bad.tobytes())
 
 
 def test_padding_must_be_zero() -> None:
@@ -111,4 +111,4 @@ def test_padding_must_be_zero() -> None:
     bad = ENCODED["fp16"][chunk.offset : chunk.offset + chunk.size].copy()
     bad[block.offset + block.size - 1 - chunk.offset] = 1
     target = np.zeros(plan.bytes, np.uint8)
-    refused(Code.ENCODING, intake.take_chunk, transfer(plan), target, index, bad.tobytes())
+    refused(Code.ENCODING, intake.take_chunks, transfer(plan), target, index, bad.tobytes())
