@@ -9,7 +9,6 @@ Laws
 * The fastest codec is taken, if it earns its loss: if an exchange lasts at most WORTH of what it lasts with the first.
   So noise does not choose, nor does a link that is fast enough.
 * In memory that the server reads nothing is sent, so no codec can relieve a link: there it is the first one, at once.
-  (A smaller update would save some passes over memory: up to a third of an exchange, at 100 MB. No loss is worth that.)
 * Each worker chooses for its own link, once a session; what it chose, and why, is one sentence.
 * An exchange of which part was repeated on another connection says nothing, and is not counted.
 
