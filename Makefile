@@ -45,10 +45,11 @@ rules: $(STAMP)  ## every rule with real processes, one worker killed, one late:
 	@mkdir -p runs
 	RULES_TABLE=runs/rules.jsonl $(BIN)/python -m pytest -m slow tests/integration/test_every_rule.py $(TEST_FLAGS)
 
-papers: $(STAMP)  ## the papers' figures, simulated, from the data sets in DATA: about an hour
+papers: $(STAMP)  ## the papers' figures, simulated, from the data sets in DATA: hours
 	@test -n "$(DATA)" || { echo "Say where the data sets are: make papers DATA=~/data (mnist/ in it)" >&2; exit 1; }
 	for name in gem_figure1 gem_kappa; do \
 		$(BIN)/python -m benchmarks $$name --data $(DATA) --keep runs/papers --json docs/figures/$$name.json || exit; done
+	$(BIN)/python -m benchmarks bytes_to_accuracy --data $(DATA) --keep runs/papers --json docs/figures/bytes_to_accuracy.json
 	for name in rules diversity; do $(BIN)/python -m benchmarks $$name --json docs/figures/$$name.json || exit; done
 
 clean:  ## remove caches and build outputs; .venv and the outputs of runs stay

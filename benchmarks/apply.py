@@ -96,7 +96,7 @@ class Push(NamedTuple):
     def moved_bytes(self, shard: Shard) -> int:
         """Payload, vectors and reply."""
         vectors = 4 * shard.layout.elements * (len(self.needed) + len(self.changed))
-        return shard.ups[0].bytes + vectors + (shard.downs[0].bytes if self.replies else 0)
+        return shard.longest_update + vectors + (shard.downs[0].bytes if self.replies else 0)
 
     def sentence(self) -> str:
         """What it moves."""
@@ -220,12 +220,13 @@ class _Model:
             epoch=0,
         )
         self.session = shard.session_arrays().arrays
-        self.update = zeros(shard.ups[0].bytes, np.uint8)
+        self.up = shard.ups[0][settings.codec]
+        self.update = zeros(self.up.bytes, np.uint8)
         self.reply = zeros(shard.downs[0].bytes, np.uint8)
         values = zeros(elements, np.float32)
         for first in range(0, elements, PERIOD):
             values[first : first + PERIOD] = _pattern()[: elements - first]
-        shard.ups[0].encode(values, self.update)
+        self.up.encode(values, self.update)
         values.fill(START)
         data = zeros(shard.exact.bytes, np.uint8)
         shard.exact.encode(values, data)
@@ -237,7 +238,8 @@ class _Model:
 
     def work(self) -> Work:
         """One push."""
-        return self.shard.push_work(0, self.update, self.session, self.push.effects, self.push.reply, self.reply, ())
+        push = self.push
+        return self.shard.push_work(0, self.up, self.update, self.session, push.effects, push.reply, self.reply, ())
 
     def vectors(self) -> dict[str, F32]:
         """All that a push may change."""
@@ -359,7 +361,7 @@ def _copy(elements: int, seconds: Callable[[Work], float]) -> Iterator[Competito
 
 def _check(model: _Model, times: int) -> None:
     """Raise BenchmarkError unless so many pushes came to what they should, everywhere."""
-    expected, reply = _expected(model.push, model.shard.ups[0], model.update, times)
+    expected, reply = _expected(model.push, model.up, model.update, times)
     found = model.vectors()
     if model.push.replies:
         assert reply is not None

@@ -79,7 +79,7 @@ def _address(address: str) -> str:
 
 def _terms(values: Mapping[str, Any]) -> Terms:
     """What a rule may depend on, of a server's settings by name."""
-    lossless = all(codecs.load(values[name]).lossless for name in ("codec", "reply_codec"))
+    lossless = all(codecs.load(one).lossless for one in (*codecs.choices(values["codec"]), values["reply_codec"]))
     return Terms(values["local_steps"], values["overlap"], values["workers"], lossless, values["max_clock_gap"])
 
 
@@ -97,6 +97,7 @@ def _is_public(address: str) -> bool:
 Address = Annotated[str, AfterValidator(_address)]
 RuleName = Annotated[str, AfterValidator(lambda name: _carry(rules.load, name).name)]
 CodecName = Annotated[str, AfterValidator(lambda name: _carry(codecs.load, name).name)]
+UpdateCodecName = Annotated[str, AfterValidator(lambda name: _carry(codecs.setting, name))]
 
 
 def _for_replies(name: str, info: ValidationInfo) -> str:
@@ -210,7 +211,9 @@ class ServerSettings(Settings):
     # what it computes
     rule: RuleName = Field(default="downpour", description="update rule; `paramserver rules` lists them")
     rule_settings: dict[str, bool | int | float | str] = Field(default={}, description="settings of the rule")
-    codec: CodecName = Field(default="fp32", description="encoding of updates, worker to server")
+    codec: UpdateCodecName = Field(
+        default="fp32", description="encoding of updates, worker to server; auto: whichever is fastest, for each worker"
+    )
     replies: Literal["whole", "difference"] = Field(
         default="whole", description="to pushes: the center itself, or what it differs by from what the worker holds"
     )
@@ -343,8 +346,9 @@ class ServerSettings(Settings):
         terms = _terms(known | {"max_clock_gap": value})
         if refusal := rule.fits(rules.configure(rule, known["rule_settings"]), terms):
             raise _no(refusal, fix=f"`paramserver rules {rule.name}` tells its settings.")
-        if misfit := _codec_refusal(rule, codecs.load(known["codec"])):
-            raise ValueError(misfit)
+        for choice in codecs.choices(known["codec"]):
+            if misfit := _codec_refusal(rule, codecs.load(choice)):
+                raise ValueError(misfit)
         if rule.schedules and known["replies"] == "difference":
             raise _no(
                 f"replies 'difference' do not go with rule '{rule.name}', whose workers pull parameters as they are.",

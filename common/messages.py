@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of this protocol. A peer with another is refused with a sentence, before anything else is read."""
 
 Buffer: TypeAlias = bytes | bytearray | memoryview

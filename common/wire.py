@@ -1,6 +1,6 @@
 """Messages to frames and back; nothing else.
 
-    frame 0   header: a msgpack map {"protocol": 4, "type": "push", ...fields}, at most 64 KiB
+    frame 0   header: a msgpack map {"protocol": 5, "type": "push", ...fields}, at most 64 KiB
     frame 1   payload: raw bytes, only where there are any, at most one chunk and codec overhead
 
 Laws

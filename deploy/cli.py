@@ -391,13 +391,15 @@ def rules(
 
 @app.command()
 def codecs(
-    name: str | None = typer.Argument(None, help="only this one, such as int8 or topk:0.05", show_default=False),
+    name: str | None = typer.Argument(
+        None, help="only this one, such as int8 or topk:0.05, or those that auto weighs", show_default=False
+    ),
     as_json: bool = JSON,
 ) -> None:
     """List the codecs, which encode updates and replies, and when to use which."""
     from common import codecs
 
-    found = [codecs.load(one) for one in ([name] if name else codecs.names())]
+    found = [codecs.load(one) for one in (codecs.choices(name) if name else codecs.names())]
     _list(
         [
             {

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Ack, Reply, Scalars
@@ -191,7 +192,9 @@ class Applying:
         out = slot.reply if push.memory is None else push.memory
         if transfer.lying is not None:
             undecided = decisions is shard.decisions and not push.tried
-            work = shard.trial_work(transfer.lying, push.effects, push.answer, out) if undecided else None
+            work = (
+                shard.trial_work(transfer.plan, transfer.lying, push.effects, push.answer, out) if undecided else None
+            )
             push.trial = work is not None
             if work is None:
                 session.clock -= 1
@@ -200,6 +203,7 @@ class Applying:
         buffers = self._buffers(session, facts.fragment)
         return shard.push_work(
             facts.fragment,
+            transfer.plan,
             slot.update,
             session.arrays,
             push.effects,
@@ -238,7 +242,7 @@ class Applying:
         state.budget.updates += 0 if reported else 1  # where steps are reported, each of them is one
         state.budget.samples += 0 if reported else facts.samples
         self._rates.add(state.now, 0 if reported else facts.samples)
-        self._log(session, facts, weight, bytes_down)
+        self._log(session, push.transfer.plan, facts, weight, bytes_down)
         if push.transfer.scalars is not None:
             self._deciding.measured(push.transfer.scalars.diversity, facts.steps)
         if not all(results):
@@ -279,7 +283,7 @@ class Applying:
         others = [s.buffers for s in self._state.members if s is not session and s.buffers is not None]
         return [session.buffers, *others]
 
-    def _log(self, session: Session, facts: Facts, weight: float, bytes_down: int) -> None:
+    def _log(self, session: Session, plan: Plan, facts: Facts, weight: float, bytes_down: int) -> None:
         state, shard = self._state, self._state.hosted.shard
         values: dict[str, Any] = {
             "worker": session.worker,
@@ -291,7 +295,7 @@ class Applying:
             "loss": facts.loss,
             "samples": facts.samples,
             "steps": facts.steps,
-            "bytes_up": shard.ups[facts.fragment].bytes,
+            "bytes_up": plan.bytes,
             "bytes_down": bytes_down,
             "bytes_pulled": state.ordered_bytes,
         }

@@ -376,7 +376,7 @@ def warm(settings: ServerSettings) -> None:
     session, replica = shard.session_arrays()
     run(shard.read_work(np.zeros(shard.down.bytes, np.uint8), CENTER, None, session, "anchor", replica))
     decisions, _ = rule.join(config, shard.decisions, Member("warm"), 0.0)
-    for fragment, up in enumerate(shard.ups):
+    for fragment, up in ((fragment, up) for fragment, ups in enumerate(shard.ups) for up in ups.values()):
         update, reply = np.zeros(up.bytes, np.uint8), np.zeros(shard.downs[fragment].bytes, np.uint8)
         up.encode(shard.center, update)
         for chunk in up.chunks:
@@ -392,4 +392,4 @@ def warm(settings: ServerSettings) -> None:
                 break
             answer = reply_to("warm", effects)
             buffers = [np.zeros(3, np.float32)]
-            run(shard.push_work(fragment, update, session, effects, answer, reply, buffers, replica))
+            run(shard.push_work(fragment, up, update, session, effects, answer, reply, buffers, replica))

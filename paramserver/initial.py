@@ -94,10 +94,10 @@ class InitialWeights:
         if session.transfer is not None:
             return None
         shard = self._state.hosted.shard
-        intake.check_begin(begin, (shard.exact,), Version(self._state.epoch, 0))
+        plan = intake.check_begin(begin, ({shard.exact.codec: shard.exact},), Version(self._state.epoch, 0))
         self._data = np.zeros(shard.exact.bytes, np.uint8)  # its pages come as chunks fill them, not all at once
         session.transfer = Transfer(
-            begin, session.connection, self._state.now, received=bytearray(len(shard.exact.chunks))
+            begin, plan, session.connection, self._state.now, received=bytearray(len(plan.chunks))
         )
         return session.transfer
 

@@ -6,7 +6,7 @@ one by one, each checked as it lands (`take_chunk`) -> `check_complete` -> apply
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,23 +17,29 @@ from common.messages import Begin, Buffer, Version
 from paramserver.session import Transfer
 
 
-def check_begin(begin: Begin, plans: Sequence[Plan], version: Version) -> None:
-    """The fragment exists, the codec is the agreed one, the length is its formula, the base is a version there was."""
+def check_begin(begin: Begin, plans: Sequence[Mapping[str, Plan]], version: Version) -> Plan:
+    """The fragment exists, the codec is an agreed one, the length is its formula, the base is a version there was.
+
+    plans: of each fragment, by codec. Returns the plan that the transfer follows.
+    """
     if begin.fragment >= len(plans):
         raise PeerError(Code.BAD_CHUNK, f"Fragment {begin.fragment} of {len(plans)} does not exist.")
-    plan = plans[begin.fragment]
-    if begin.codec != plan.codec:
-        raise PeerError(Code.UNKNOWN_CODEC, f"The transfer is in codec '{begin.codec}', agreed is '{plan.codec}'.")
+    plan = plans[begin.fragment].get(begin.codec)
+    if plan is None:
+        agreed = " or ".join(f"'{codec}'" for codec in plans[begin.fragment])
+        raise PeerError(Code.UNKNOWN_CODEC, f"The transfer is in codec '{begin.codec}', agreed is {agreed}.")
     if begin.bytes != plan.bytes:
         raise PeerError(
             Code.BAD_LENGTH, f"The transfer has {begin.bytes:,} bytes; in '{plan.codec}' it has {plan.bytes:,}."
         )
     if begin.base > version:
         raise PeerError(Code.BASE_VERSION, f"The update is based on version {begin.base}; the center is at {version}.")
+    return plan
 
 
-def take_chunk(transfer: Transfer, target: U8, plan: Plan, index: int, payload: Buffer) -> None:
-    """Check chunk `index` and put it in its place in `target`: (plan.bytes,)."""
+def take_chunk(transfer: Transfer, target: U8, index: int, payload: Buffer) -> None:
+    """Check chunk `index` and put it in its place. target: (plan.bytes or more,)."""
+    plan = transfer.plan
     if index >= len(plan.chunks):
         raise PeerError(Code.BAD_CHUNK, f"Chunk {index} of {len(plan.chunks)} does not exist.")
     if transfer.received[index]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from common import chunks, rules
+from common import chunks, codecs, rules
 from common.config import ServerSettings
 from common.layout import Layout
 from common.rules.base import add_update
@@ -64,25 +64,27 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     """The memory a model needs under these settings; raises ConfigError where the pool holds not one exchange."""
     rule = rules.load(settings.rule)
     config = settings.rule_config()
-    up, down = chunks.plan(layout, settings.codec), chunks.plan(layout, settings.reply_codec)
+    ups = [chunks.plan(layout, codec) for codec in codecs.choices(settings.codec)]
+    up_bytes = max(up.bytes for up in ups)
+    down = chunks.plan(layout, settings.reply_codec)
     whole = down if settings.replies == "whole" else chunks.plan(layout, LOSSLESS)
     vector = FLOAT_BYTES * layout.parameters
     session_vectors = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     snapshots = BUFFERS * whole.bytes
     shares = settings.shared_memory and not settings.arrivals
-    count = slot_count((settings.pool_mib << 20) - snapshots, up.bytes + down.bytes, settings.max_sessions)
+    count = slot_count((settings.pool_mib << 20) - snapshots, up_bytes + down.bytes, settings.max_sessions)
     return MemoryPlan(
         center=FLOAT_BYTES * layout.elements,
-        second=FLOAT_BYTES * layout.elements if shares and adds_plainly(rule, config, up, down, layout) else 0,
+        second=FLOAT_BYTES * layout.elements if shares and adds_plainly(rule, config, ups, down, layout) else 0,
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
         replica=vector if keeps_replicas(rule, settings.replies) else 0,
         slots=count,
-        per_slot=up.bytes + down.bytes,
+        per_slot=up_bytes + down.bytes,
         snapshots=snapshots,
-        pool=count * (up.bytes + down.bytes) + snapshots,
-        shared=up.bytes + down.bytes,
+        pool=count * (up_bytes + down.bytes) + snapshots,
+        shared=up_bytes + down.bytes,
         saved=settings.directory is not None,
     )
 

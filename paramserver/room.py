@@ -141,7 +141,7 @@ class Room:
             epoch=state.epoch,
             second=bool(state.machine),
         )
-        slots = Slots(self._plan(layout).slots, max(up.bytes for up in shard.ups), max(d.bytes for d in shard.downs))
+        slots = Slots(self._plan(layout).slots, shard.longest_update, shard.longest_reply)
         return Hosted(shard, slots, Snapshots(shard.down.bytes))
 
     def _host(self, model: Hosted) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
@@ -47,6 +48,7 @@ class Transfer:
     """An update (or the initial weights) on its way up."""
 
     begin: Begin
+    plan: Plan
     connection: int
     since: float
     slot: Slot | None = None

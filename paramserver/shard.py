@@ -20,7 +20,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from common.buffers import zeros
 from common.chunks import Plan, plan
+from common.codecs import choices
 from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
@@ -107,15 +108,17 @@ class Shard:
         self.down: Plan = plan(layout, reply_codec if replies == "whole" else LOSSLESS)
         self.keeps_replicas = keeps_replicas(rule, replies)
         parts = rule.fragments(config)
-        self.ups = tuple(plan(layout, codec, part, parts) for part in range(parts))
+        self.ups = tuple({one: plan(layout, one, part, parts) for one in choices(codec)} for part in range(parts))
+        """Of each fragment, by codec: where workers choose, there are several."""
         self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
-        plainly = second and adds_plainly(rule, config, self.ups[0], self.down, layout)
+        plainly = second and adds_plainly(rule, config, self.ups[0].values(), self.down, layout)
         self._second = zeros(layout.elements, np.float32) if plainly else None
         """Where the next center may be made."""
-        self.longest_update = max(up.bytes for up in self.ups)
-        """Bytes of the longest fragment of an update."""
+        self.longest_update = max(up.bytes for ups in self.ups for up in ups.values())
+        """Bytes of the longest fragment of an update, in any codec."""
+        self.longest_reply = max(down.bytes for down in self.downs)
         self._spare: list[Kept] = []
-        self.stats = np.zeros((max(up.parameter_blocks for up in self.ups), rule.stats_width))
+        self.stats = np.zeros((max(down.parameter_blocks for down in self.downs), rule.stats_width))
 
     def __repr__(self) -> str:
         return f"<Shard {self.rule.name} at {self.version}, {self.layout.parameters:,} parameters>"
@@ -165,6 +168,7 @@ class Shard:
     def push_work(
         self,
         fragment: int,
+        up: Plan,
         update: U8,
         session: Arrays,
         effects: Sequence[Effect],
@@ -176,12 +180,13 @@ class Shard:
     ) -> Work:
         """Decode, run the kernels of `effects`, and encode the reply into `out`, block by block.
 
-        update: (up.bytes,) as checked; out: (down.bytes,), written where there is a `reply`; buffers: (buffers,)
-        float32 each, the last values of all members, the first of them this worker's own, which is written here; none
-        where the center's buffers stay as they are; replica: (parameters,) what the worker holds, where the reply is
-        the difference to it; key: of the reply, where its codec rounds at random.
+        up: the fragment's plan in the update's codec; update: (up.bytes or more,) as checked; out: (down.bytes,),
+        written where there is a `reply`; buffers: (buffers,) float32 each, the last values of all members, the first of
+        them this worker's own, which is written here; none where the center's buffers stay as they are; replica:
+        (parameters,) what the worker holds, where the reply is the difference to it; key: of the reply, where its codec
+        rounds at random.
         """
-        up, down = self.ups[fragment], self.downs[fragment]
+        down = self.downs[fragment]
         exchange = next((effect for effect in effects if isinstance(effect, Exchange)), None)
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
@@ -221,14 +226,16 @@ class Shard:
 
         return _over(up, work)
 
-    def trial_work(self, update: U8, effects: Sequence[Effect], reply: Reply | None, out: U8) -> Work | None:
+    def trial_work(self, up: Plan, update: U8, effects: Sequence[Effect], reply: Reply | None, out: U8) -> Work | None:
         """Add an update that nobody has checked: it may change while it is read. Where all that comes of it is finite,
         `adopt` makes that the center; else nothing has happened. None where that cannot be.
 
         update: (up.bytes,); out: (down.bytes,), written where there is a `reply`.
         """
         added, second, plain = _only_added(self.rule, effects), self._second, 4 * self.layout.elements
-        if added is None or second is None or source_of(reply) not in (None, CENTER) or update[plain:].any():
+        if added is None or second is None or not up.verbatim or source_of(reply) not in (None, CENTER):
+            return None
+        if update[plain:].any():
             return None
         d, copy = update[:plain].view(np.float32), _NOWHERE if reply is None else out[:plain].view(np.float32)
         out[plain : self.down.bytes] = 0
@@ -407,13 +414,13 @@ class Shard:
     def validate(self) -> None:
         """The plans cut the same blocks."""
         assert len(self.down.blocks) == len(self.exact.blocks)
-        for up, down in zip(self.ups, self.downs, strict=True):
-            assert len(up.blocks) == len(down.blocks)
+        for ups, down in zip(self.ups, self.downs, strict=True):
+            assert all(len(up.blocks) == len(down.blocks) for up in ups.values())
 
 
-def adds_plainly(rule: Rule, config: Config, up: Plan, down: Plan, layout: Layout) -> bool:
-    """Whether the rule only adds updates, of which, as of replies, the bytes are the vector's own."""
-    plain = up.verbatim and down.verbatim and not layout.buffers and rule.fragments(config) == 1
+def adds_plainly(rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout) -> bool:
+    """Whether the rule only adds updates, of which, as of replies, the bytes may be the vector's own."""
+    plain = any(up.verbatim for up in ups) and down.verbatim and not layout.buffers and rule.fragments(config) == 1
     return plain and rule.apply is add_update
 
 

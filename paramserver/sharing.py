@@ -77,7 +77,7 @@ class Sharing:
             self._tell(session, None, "`memory_limit_mib` of the server leaves none to share.")
             return
         shard = self._state.hosted.shard
-        update_bytes, reply_bytes = (max(plan.bytes for plan in plans) for plans in (shard.ups, shard.downs))
+        update_bytes, reply_bytes = shard.longest_update, shard.longest_reply
         peer, connection = session.peer, session.connection
         session.lent = True
         self._out.add(Attach(peer, session.token, connection, message.place, update_bytes, reply_bytes))

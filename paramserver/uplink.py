@@ -168,8 +168,7 @@ class Uplink:
     def take_work(self, transfer: Transfer) -> Work:
         """Take what lies in shared memory, each block checked as it is copied; what comes of it is for `taken`."""
         assert transfer.slot is not None and transfer.lying is not None
-        plan = self._state.hosted.shard.ups[transfer.begin.fragment]
-        lying, update = transfer.lying, transfer.slot.update
+        plan, lying, update = transfer.plan, transfer.lying, transfer.slot.update
 
         def take(first: int, last: int, scratch: F32) -> PeerError | None:
             span = plan.span(first, last)
@@ -229,16 +228,14 @@ class Uplink:
             return None
         shard = self._state.hosted.shard
         try:
-            intake.check_begin(begin, shard.ups, shard.version)
+            plan = intake.check_begin(begin, shard.ups, shard.version)
         except PeerError as error:
             self._reject(session, begin.number, error)
             return None
         session.merged = begin.merged
         session.go_on()  # so it has its reply
         self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
-        transfer = Transfer(
-            begin, session.connection, self._state.now, received=bytearray(len(shard.ups[begin.fragment].chunks))
-        )
+        transfer = Transfer(begin, plan, session.connection, self._state.now, received=bytearray(len(plan.chunks)))
         session.transfer = transfer
         self._waiting.append((session, transfer))
         return transfer
@@ -258,7 +255,7 @@ class Uplink:
                 self._complete(session, transfer, push.scalars)
             return
         try:
-            transfer.lying = intake.check_whole(self._state.hosted.shard.ups[push.begin.fragment], push.payload)
+            transfer.lying = intake.check_whole(transfer.plan, push.payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return
@@ -267,13 +264,12 @@ class Uplink:
 
     def _take(self, session: Session, transfer: Transfer, index: int, payload: Buffer) -> bool:
         """Check one chunk into its place; False where it broke a rule and the transfer is over."""
-        shard = self._state.hosted.shard
         try:
             if transfer.begin.kind == "init":
-                intake.take_chunk(transfer, self._initial.buffer(), shard.exact, index, payload)
+                intake.take_chunk(transfer, self._initial.buffer(), index, payload)
             else:
                 assert transfer.slot is not None
-                intake.take_chunk(transfer, transfer.slot.update, shard.ups[transfer.begin.fragment], index, payload)
+                intake.take_chunk(transfer, transfer.slot.update, index, payload)
         except PeerError as error:
             self._fail(session, transfer, error)
             return False

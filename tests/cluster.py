@@ -240,7 +240,7 @@ class Trainer:
         plan.encode(self.update(s), data)
         chunks = len(plan.chunks)
         ready = chunks if chunks == 1 else self.cluster.random.randrange(chunks)
-        self.cluster.work(self, worker.PushWanted(data, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
+        self.cluster.work(self, worker.PushWanted(data, plan.codec, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
         self.numbers[self.core.membership.token, self.core.membership.last_number] = s
         if ready < chunks:
             self.cluster.after(0.001, partial(self.cluster.work, self, worker.Encoded(chunks)))

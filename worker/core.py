@@ -94,13 +94,14 @@ class InitialWeights:
 
 @dataclass(frozen=True, slots=True)
 class PushWanted:
-    """Push this update; the bytes stay as they are until it is settled. data: (plan.bytes,).
+    """Push this update; the bytes stay as they are until it is settled. data: (plan.bytes,), encoded in `codec`.
 
     ready: so many chunks are encoded; Encoded tells of the others, while these are on their way.
     spare: (elements,) a vector that the trainer needs no longer: the next reply may land in it.
     """
 
     data: U8
+    codec: str
     scalars: Scalars
     base: Version
     ready: int
@@ -200,7 +201,9 @@ class NeedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of push `number`. values: (elements,) the reply, the trainer's to keep. `base`: its version."""
+    """What became of push `number`. values: (elements,) the reply, the trainer's to keep. `base`: its version.
+    answered_s: when the server first said what becomes of it, as `handle` was told the time; None where it was begun
+    on an earlier connection, or was not taken. `shared`: it lay in memory that the server reads."""
 
     number: int
     outcome: str
@@ -209,6 +212,8 @@ class Settled:
     base: Version
     local_steps: int
     values: F32 | None = field(repr=False)
+    answered_s: float | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,8 +591,7 @@ class WorkerCore:
             self._deliver(Orphaned(m.last_number, pushed=False))
             return
         self._unseen_anchor = None
-        codec = str(cast(Welcome, m.welcome).settings["codec"])
-        plan = self.plan(codec, wanted.fragment)
+        plan = self.plan(wanted.codec, wanted.fragment)
         self._upload = Upload(
             "push", m.last_number, wanted.data, plan, wanted.scalars, wanted.base, wanted.fragment, wanted.ready
         )
@@ -604,7 +608,7 @@ class WorkerCore:
                 self._send_chunks(upload)
 
     def _start_upload(self, upload: Upload) -> None:
-        upload.tried = True
+        upload.tried, upload.shared = True, self._shares
         self._last_answer = self._now
         upload.whole = len(upload.plan.chunks) == 1 or (self._shares and upload.kind == "push")
         if upload.whole:
@@ -684,7 +688,10 @@ class WorkerCore:
         m.known = max(m.known, ack.version)
         if ack.finished:
             self._finish()
-        if upload is None or ack.number != upload.number or ack.outcome in ("none", "held"):
+        if upload is None or ack.number != upload.number or ack.outcome == "none":
+            return
+        upload.answered(self._now)
+        if ack.outcome == "held":
             return
         if upload.kind == "init":
             self._upload = None
@@ -695,7 +702,8 @@ class WorkerCore:
             m.last_applied = max(m.last_applied, ack.number)
         if ack.reply is None:
             self._upload = None
-            self._deliver(Settled(ack.number, ack.outcome, ack.code, ack.sentence, ack.version, ack.local_steps, None))
+            how, told = (upload.answered_s, upload.shared), (ack.outcome, ack.code, ack.sentence)
+            self._deliver(Settled(ack.number, *told, ack.version, ack.local_steps, None, *how))
         else:
             self._local_steps = ack.local_steps
             self._receive(ack.reply, "push", ack.number, ack.payload, fragment=upload.fragment)
@@ -772,14 +780,15 @@ class WorkerCore:
         m, version = self.membership, download.reply.version
         m.known = max(m.known, version)
         if download.purpose == "push":
-            if self._upload is not None and self._upload.number == download.number:
+            if (upload := self._upload) is not None and upload.number == download.number:
                 self._upload = None
                 if download.replica is not None:
                     download.replica[download.plan.part] = download.values[download.plan.part]
                 m.merged = download.reply.id
                 if cast(Welcome, m.welcome).settings.get("confirm"):  # the server keeps the reply until it hears this
                     self._send(More(m.token, m.connection, download.reply.id, 0))
-                self._deliver(Settled(download.number, "applied", "", "", version, self._local_steps, download.values))
+                how, told = (upload.answered_s, upload.shared), ("applied", "", "")
+                self._deliver(Settled(download.number, *told, version, self._local_steps, download.values, *how))
             return
         if download.purpose not in self._wanted:
             return

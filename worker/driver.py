@@ -106,7 +106,7 @@ class Carrier(ABC):
         chunks = len(plan.chunks)
         if chunks == 1:
             plan.encode(flat, data, key=key)
-        self.post(PushWanted(data, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
+        self.post(PushWanted(data, plan.codec, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
         for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
             end = min(ready + ENCODE_CHUNKS, chunks)
             try:

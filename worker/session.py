@@ -38,11 +38,23 @@ class Upload:
     """Whether it travels in one message on this connection."""
     tried: bool = False
     """Whether anything of it was ever sent: if not, nobody can have applied it."""
+    shared: bool = False
+    """Whether it lies in memory that the server reads."""
+    rewound: bool = False
+    """Whether it began on an earlier connection."""
+    answered_s: float | None = None
+    """When the server first said what becomes of it; None where that tells nothing of how long it took."""
 
     def rewind(self) -> None:
         """A new connection: everything is sent again."""
         self.sent = self.until = 0
         self.committed = self.whole = False
+        self.rewound, self.answered_s = True, None
+
+    def answered(self, now: float) -> None:
+        """The server says what becomes of it."""
+        if self.answered_s is None and not self.rewound:
+            self.answered_s = now
 
 
 @dataclass(slots=True)

@@ -11,7 +11,8 @@ Laws
 * The server decides rule, codec, local steps and overlap; they arrive at join. Under a rule that schedules it also says
   when to train, upload and pull.
 * Optimizer state is the worker's own: no merge touches it.
-* What a codec with feedback loses of a push is added to the next one, and only if the server took the former.
+* What a codec with feedback loses of a push is added to the next one, and only if the server took the former. Where
+  there is a choice of codecs (`worker.choosing`) and one of them has feedback, all have it: so nothing is left behind.
 * While the server is away, `step` returns at once and training goes on; what is trained meanwhile is pushed later.
 * The model is only touched inside `step`, `global_model` and at the ends, on the caller's thread.
 """
@@ -29,7 +30,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from common import LIBRARY, rules
+from common import LIBRARY, codecs, rules
 from common.binding import Binding, layout_of
 from common.buffers import zeros
 from common.chunks import Plan, plan
@@ -41,6 +42,7 @@ from common.messages import NOWHERE, Optimizer, Order, Scalar, Scalars, Version
 from common.rules.base import OptimizerFacts
 from common.wire import PAYLOAD_BYTES
 from worker import core
+from worker.choosing import Choice
 from worker.core import PullWanted, WorkerCore
 from worker.diversity import Gradients, Meter
 from worker.driver import Machine
@@ -105,16 +107,20 @@ class Exchanges:
     """Times the server was away."""
     undone: int = 0
     """Pushes that were applied and that a crash of the server undid."""
+    choice: str = ""
+    """The codec that was chosen for updates, and why; empty where the server left no choice, or it is still open."""
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A push that is not settled. x: (elements,) the parameters at the push; `part`: the elements that were pushed."""
+    """A push that is not settled. x: (elements,) the parameters at the push; `part`: the elements that were pushed;
+    since: when it began to be encoded, seconds."""
 
     x: F32
     progress: Progress
     part: slice
     at_step: int
+    since: float
 
 
 class Session:
@@ -436,12 +442,16 @@ class Session:
         self._average_buffers = settings["buffers"] == "average"
         fragments = self._rule.fragments(self._config)
         cuts = [(part, fragments) for part in range(fragments)]
-        self._ups: list[Plan] = [plan(self._layout, str(settings["codec"]), *cut) for cut in cuts]
+        choices = codecs.choices(str(settings["codec"]))
+        self._choice = Choice(choices)
+        self._ups = [{codec: plan(self._layout, codec, *cut) for codec in choices} for cut in cuts]
         self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
-        self._update: U8 = self._driver.staging(max(up.bytes for up in self._ups), str(settings["machine"]))
-        in_place = self._ups[0].in_place(self._update) if fragments == 1 else None
-        self._delta = self._scratch if in_place is None else in_place
-        self._memory = Memory(self._layout.elements) if self._ups[0].remembers else None
+        longest = max(up.bytes for ups in self._ups for up in ups.values())
+        self._update: U8 = self._driver.staging(longest, str(settings["machine"]))
+        in_place = {codec: up.in_place(self._update) if fragments == 1 else None for codec, up in self._ups[0].items()}
+        self._deltas = {codec: self._scratch if delta is None else delta for codec, delta in in_place.items()}
+        remembers = any(up.remembers for up in self._ups[0].values())
+        self._memory = Memory(self._layout.elements) if remembers else None
         self._seed = int(settings.get("seed", 0))
         self._sent = zeros(self._layout.elements if self._rule.track is not None else 0, np.float32)
         self._fragment = 0
@@ -451,9 +461,9 @@ class Session:
 
     def _push(self) -> None:
         """Encode what the rule makes of x and anchor (and the float buffers as they are) and send it off."""
-        n, up = self._parameters, self._ups[self._fragment]
+        n, up = self._parameters, self._ups[self._fragment][self._choice.codec]
         self._binding.gather(self._x)
-        x, delta = self._x, self._delta
+        x, delta = self._x, self._deltas[up.codec]
         if self._rule.point is not None:
             x = self._spare
             x[:] = self._x
@@ -465,7 +475,7 @@ class Session:
         part = up.part
         if self._memory is not None:
             self._memory.add(delta, part.start, part.stop)
-        self._in_flight = _InFlight(self._x, progress, part, self.steps)
+        self._in_flight = _InFlight(self._x, progress, part, self.steps, self._now())
         self._x, self._spare = self._spare, self._x
         mean_loss = progress.loss_sum / max(progress.steps, 1)
         lr = float(self._optimizer.param_groups[0]["lr"])
@@ -490,6 +500,8 @@ class Session:
         if self._in_flight is None:
             return  # withdrawn meanwhile
         self._settle_memory(taken=news.outcome == "applied")
+        if early and news.answered_s is not None and news.outcome == "applied":
+            self._weigh(news.answered_s - self._in_flight.since, shared=news.shared)
         if early and news.values is not None and self.steps - self._in_flight.at_step < self._delay:
             self._early = news
             return
@@ -515,6 +527,14 @@ class Session:
             )
             self._reanchoring = True  # in flight stays: what was refused is not pushed again
             self._driver.post(PullWanted("anchor"))
+
+    def _weigh(self, seconds: float, *, shared: bool) -> None:
+        """An exchange took so long: where the codec is still open, that counts."""
+        if self._choice.open:
+            self._choice.took(seconds, shared=shared)
+            self.exchanges.choice = self._choice.reason
+            if self._choice.reason:
+                log.info("codec auto chooses %s", self._choice.reason)
 
     def _settle_memory(self, *, taken: bool) -> None:
         if self._memory is not None:

@@ -1,13 +1,17 @@
 """Codecs by name: what lies in this folder is what there is.
 
     [ef:|plain:]NAME[:PARAMETER ...]        such as int8, int8:256, topk:0.01, ef:int8, plain:int4
+    auto[:CODEC]                            whichever is fastest on a worker's link, CODEC being the lossiest allowed
 
 This one grammar serves settings, command line and wire. Parameters follow in the order in which the codec lists them,
 and the last ones may be left out. `ef:` feeds back what encoding loses (`common.codecs.feedback`), `plain:` does not;
-without either it is as the codec has it by default. A codec's own `name` is the shortest way to write it.
+without either it is as the codec has it by default. A codec's own `name` is the shortest way to write it. `auto` is no
+codec: it leaves the choice among a few to each worker.
 
 codecs.load("int8")    the codec of that name
 codecs.names()         all there are
+codecs.setting(text)   the shortest way to write a codec, or auto
+codecs.choices(text)   the codecs that may be used where that is the setting
 codecs.words(text)     the names that a peer has to know for it
 """
 
@@ -17,7 +21,7 @@ import functools
 from collections.abc import Sequence
 
 from common import discovery
-from common.codecs.base import Codec
+from common.codecs.base import BLOCK_ELEMENTS, Codec
 from common.errors import ConfigError
 
 HELPERS = ("base", "draws", "feedback", "parts", "tensors")
@@ -25,6 +29,11 @@ FEEDBACK = "ef"
 PLAIN = "plain"
 DIFFERENCE = "difference"
 """A word of its own: whoever knows it can add a reply to what it holds."""
+AUTO = "auto"
+ALLOWED = "int8"
+"""The lossiest codec that auto may choose, where none is named."""
+LADDER = ("fp32", "bf16", "int8")
+"""What auto weighs beside that, as far as it is less lossy: sends more bytes."""
 CHARACTERS = 64
 """Longest name with parameters."""
 
@@ -35,14 +44,40 @@ def names() -> tuple[str, ...]:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The names in `text` that a peer has to know: of the codec, and of feedback where it is used."""
-    codec = load(text)
-    return (*((FEEDBACK,) if codec.remembers else ()), _split(codec.name)[1])
+    """The names in the setting `text` that a peer has to know: of codecs, and of feedback and auto if used."""
+    found = [load(one) for one in choices(text)]
+    extra = (AUTO if len(found) > 1 else "", FEEDBACK if any(codec.remembers for codec in found) else "")
+    return (*filter(None, extra), *(_split(codec.name)[1] for codec in found))
 
 
 def known() -> tuple[str, ...]:
     """All that this side knows of `words`."""
-    return (*names(), FEEDBACK, DIFFERENCE)
+    return (*names(), FEEDBACK, DIFFERENCE, AUTO)
+
+
+def setting(text: str) -> str:
+    """The shortest way to write a codec, or auto; raises ConfigError for what is neither."""
+    first, _, rest = text.partition(":")
+    if first != AUTO:
+        return load(text).name
+    lossiest = load(rest or ALLOWED)
+    if lossiest.lossless:
+        raise ConfigError(
+            f"'{text}' leaves nothing to choose: '{lossiest.name}' is what every other codec is weighed against.",
+            fix=f"Use {lossiest.name}, or {AUTO}:bf16.",
+        )
+    return AUTO if lossiest.name == ALLOWED else f"{AUTO}:{lossiest.name}"
+
+
+def choices(text: str) -> tuple[str, ...]:
+    """The codecs that may be used where the setting is `text`, from the least lossy on: one, or those of auto."""
+    name = setting(text)
+    first, _, rest = name.partition(":")
+    if first != AUTO:
+        return (name,)
+    lossiest = load(rest or ALLOWED)
+    fewest = lossiest.encoded_bytes(BLOCK_ELEMENTS)
+    return (*(one for one in LADDER if load(one).encoded_bytes(BLOCK_ELEMENTS) > fewest), lossiest.name)
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,6 +89,11 @@ def load(text: str) -> Codec:
             fix="`paramserver codecs` lists them.",
         )
     memory, name, given = _split(text)
+    if name == AUTO:
+        raise ConfigError(
+            f"'{AUTO}' is no codec: it leaves the choice of one to each worker.",
+            fix=f"It is a value of `codec` alone: {AUTO}, or {AUTO}:CODEC with the lossiest codec that may be chosen.",
+        )
     codec: Codec = discovery.load(__name__, name, attribute="CODEC", kind="codec", helpers=HELPERS)
     codec = _remembering(_with(codec, given), memory)
     return codec if codec.name == text else load(codec.name)  # so that there is one of each

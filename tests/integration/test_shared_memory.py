@@ -70,7 +70,7 @@ class Peer:
         """Push `flat`, or what lies in the memory by then."""
         if flat is not None:
             self.plan.encode(flat, self.data)
-        self.driver.post(core.PushWanted(self.data, SCALARS, self.base, len(self.plan.chunks)))
+        self.driver.post(core.PushWanted(self.data, self.plan.codec, SCALARS, self.base, len(self.plan.chunks)))
         settled: core.Settled = self.told(core.Settled)
         if settled.values is not None:
             self.base, self.center = settled.base, settled.values
@@ -363,7 +363,7 @@ def test_a_killed_server_is_shared_with_anew_when_it_is_back(tmp_path: Path) -> 
                 lambda: row(processes[-1], "w")["updates"] and processes[-1].status()["durable"] != "0.0",
                 "a checkpoint",
             )
-            peer.driver.post(core.PushWanted(peer.data, SCALARS, peer.base, len(peer.plan.chunks)))
+            peer.driver.post(core.PushWanted(peer.data, peer.plan.codec, SCALARS, peer.base, len(peer.plan.chunks)))
             server.kill()
             server = Server(tmp_path, *flags, address=server.address)
             processes.append(server)

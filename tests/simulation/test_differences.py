@@ -163,9 +163,9 @@ DOWN = {"kind": Differing, "replies": "difference", "lease_s": 4}
 @pytest.mark.parametrize("reply_codec", ["plain:int4", "plain:topk:0.05"])
 @pytest.mark.parametrize("faults", feedback.FAULTS)
 def test_nothing_is_lost_with_feedback_up_and_differences_down(faults: str, reply_codec: str, tmp_path: Path) -> None:
-    for network in range(3):
-        more: dict[str, Any] = DOWN | {"codec": "topk:0.05", "reply_codec": reply_codec, "network": network}
-        with ran(tmp_path / str(network), feedback.FAULTS[faults], **more) as (center, trainers):
+    for seed in range(3):
+        more: dict[str, Any] = DOWN | {"codec": "topk:0.05", "reply_codec": reply_codec, "seed": seed}
+        with ran(tmp_path / str(seed), feedback.FAULTS[faults], **more) as (center, trainers):
             assert [trainer.compared for trainer in trainers] == [True] * 2
             expect_conserved(center, trainers)
 
@@ -199,6 +199,6 @@ def test_refused_and_lost_together_leave_both_sides_alike(faults: str, tmp_path:
 
 def test_nor_in_rounds(tmp_path: Path) -> None:
     more: dict[str, Any] = DOWN | {"codec": "topk:0.05", "reply_codec": "int8", "rule": "local_sgd", "local_steps": 2}
-    more |= {"network": 4}  # in which both have joined before the first round closes: so each is half of every round
+    more |= {"seed": 4}  # in which both have joined before the first round closes: so each is half of every round
     with ran(tmp_path, feedback.FAULTS["all"], workers=feedback.WORKERS, **more) as (center, trainers):
         expect_conserved(center, trainers, share=1 / feedback.WORKERS)

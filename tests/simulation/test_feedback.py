@@ -83,21 +83,28 @@ class Trainer(Inhabitant):
 
 @contextmanager
 def ran(
-    directory: Path, faults: str, *, kind: type[Trainer] = Trainer, network: int = 0, **settings: Any
+    directory: Path,
+    faults: str,
+    *,
+    kind: type[Trainer] = Trainer,
+    seed: int = 0,
+    network: str = "lognormal:2ms,0.5",
+    bandwidth_mb_s: float = 0.0,
+    **settings: Any,
 ) -> Iterator[tuple[Any, list[Trainer]]]:
-    """The center, (elements,) float64, and the workers, when all have left. network: its seed."""
+    """The center, (elements,) float64, and the workers, when all have left. seed: the network's."""
     made = scenario.make(
         workers=WORKERS,
         compute="50ms",
-        network="lognormal:2ms,0.5",
-        bandwidth_mb_s=0.0,
+        network=network,
+        bandwidth_mb_s=bandwidth_mb_s,
         server_bandwidth_mb_s=0.0,
         stragglers="",
         faults=faults,
         evaluations=1,
         check=True,
     )
-    ether = Ether(made, network, silent)
+    ether = Ether(made, seed, silent)
     server = Server(ether.world, ServerSettings(directory=directory, **settings), ether.links, silent, check=True)
     ether.server = lambda: server.host
     server.start()

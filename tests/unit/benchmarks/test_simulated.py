@@ -74,4 +74,6 @@ def test_replication_lowers_the_bound_and_the_estimate_is_near_it() -> None:
 
 
 def test_all_benchmarks_are_found() -> None:
-    assert {"gem_figure1", "gem_kappa", "rules", "diversity", "simulator", "roundtrip"} <= set(benchmarks.names())
+    assert {"gem_figure1", "gem_kappa", "rules", "diversity", "bytes_to_accuracy", "simulator", "roundtrip"} <= set(
+        benchmarks.names()
+    )

@@ -242,6 +242,41 @@ def test_a_codec_that_makes_sense_is_taken(rule: str, codec: str) -> None:
     assert server(rule=rule, codec=codec).settings.codec == codecs.load(codec).name
 
 
+@pytest.mark.parametrize(
+    ("setting", "shown", "choices"),
+    [
+        ("auto", "auto", ("fp32", "bf16", "int8")),
+        ("auto:int8:1024", "auto", ("fp32", "bf16", "int8")),
+        ("auto:int8:256", "auto:int8:256", ("fp32", "bf16", "int8:256")),
+        ("auto:fp16", "auto:fp16", ("fp32", "fp16")),
+        ("auto:ef:int4", "auto:int4", ("fp32", "bf16", "int8", "int4")),
+        ("auto:topk:0.05", "auto:topk:0.05", ("fp32", "bf16", "int8", "topk:0.05")),
+    ],
+)
+def test_auto_leaves_what_loses_no_more_than_is_allowed(setting: str, shown: str, choices: tuple[str, ...]) -> None:
+    found = server(codec=setting).settings
+    assert found.codec == shown
+    assert codecs.choices(found.codec) == choices
+    assert {"auto", *(choice.split(":")[0] for choice in choices)} <= set(codecs.words(shown))
+    assert not found.terms().lossless
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"codec": "auto:fp32"}, "leaves nothing to choose"),
+        ({"codec": "auto:auto"}, "'auto' is no codec"),
+        ({"codec": "ef:auto"}, "'auto' is no codec"),
+        ({"codec": "auto:int9"}, "did you mean 'int8'"),
+        ({"reply_codec": "auto"}, "It is a value of `codec` alone"),
+        ({"rule": "easgd", "codec": "auto:int4"}, "counted twice"),
+        ({"rule": "lsgd", "codec": "auto:topk"}, "uploads parameters as they are"),
+    ],
+)
+def test_auto_is_refused_where_one_of_its_codecs_would_be(settings: dict[str, Any], part: str) -> None:
+    assert part in refusal(**settings)
+
+
 @pytest.mark.parametrize("codec", ["int4", "ef:int8", "topk", "qsgd", "bf16:stochastic", "plain:e3m0"])
 def test_replies_are_complete_in_themselves(codec: str) -> None:
     assert "cannot carry replies" in refusal(reply_codec=codec)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import wire
+from common import chunks, codecs, wire
+from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import (
     NOWHERE,
@@ -36,6 +37,7 @@ from common.messages import (
     Welcome,
 )
 from common.node import Received, Tick, Unsendable
+from paramserver import memory
 from paramserver.core import SaveFailed, Stop
 from tests.cluster import LARGE, SMALL, Desk, Hand
 
@@ -229,10 +231,40 @@ def test_unknown_codec_is_refused() -> None:
 
 def test_a_worker_has_to_know_the_codec_by_its_bare_name_and_feedback_where_it_is_used() -> None:
     assert Hand(Desk(codec="topk:0.05")).hello(codecs=("fp32", "topk")).code == "unknown_codec"
-    for codec, known in (("topk:0.05", ("fp32", "ef", "topk")), ("plain:int4:32", ("fp32", "int4"))):
+    assert Hand(Desk(codec="auto")).hello(codecs=codecs.names()).code == "unknown_codec"
+    for codec, known in (
+        ("topk:0.05", ("fp32", "ef", "topk")),
+        ("plain:int4:32", ("fp32", "int4")),
+        ("auto:bf16", ("auto", "fp32", "bf16")),
+    ):
         welcome = Hand(Desk(codec=codec, seed=7)).hello(codecs=known)
         assert welcome.settings["codec"] == codec
         assert welcome.settings["seed"] == 7
+
+
+@BOTH
+def test_where_workers_choose_each_update_comes_in_a_codec_of_its_own(layout: Layout) -> None:
+    """What lies in a slot after a longer update does no harm; what is not allowed is refused; memory is as for fp32."""
+    desk = Desk(layout, codec="auto")
+    hand = desk.join()
+    allowed = codecs.choices("auto")
+    for number, codec in enumerate((*allowed, *reversed(allowed)), 1):
+        assert hand.push(number, 0.5, codec=codec).outcome == "applied"
+    assert desk.core.shard is not None
+    np.testing.assert_allclose(desk.core.shard.center[: layout.parameters], 3.0, rtol=1e-6)
+    assert desk.core.sessions[hand.session].counters.bytes_up == sum(
+        chunks.plan(layout, codec).bytes for codec in ("fp32", *allowed, *allowed)
+    )
+    assert desk.core.state.model is not None
+    [slot] = [desk.core.state.model.slots.take()]
+    assert slot is not None
+    assert slot.update.size == chunks.plan(layout, "fp32").bytes
+    desk.core.state.model.slots.give(slot)
+    refused = hand.push(7, codec="int4")
+    assert (refused.outcome, refused.code) == ("rejected", "unknown_codec")
+    assert "agreed is 'fp32' or 'bf16' or 'int8'" in refused.sentence
+    with_choice, without = (memory.plan(ServerSettings(codec=codec), layout) for codec in ("auto", "fp32"))
+    assert with_choice == without
 
 
 def test_inner_optimizer_that_the_rule_does_not_take_is_refused() -> None:

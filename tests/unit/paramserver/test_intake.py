@@ -34,7 +34,7 @@ def begin(plan: Plan, **changes: Any) -> Begin:
 
 
 def transfer(plan: Plan) -> Transfer:
-    return Transfer(begin(plan), 1, 0.0, received=bytearray(len(plan.chunks)))
+    return Transfer(begin(plan), plan, 1, 0.0, received=bytearray(len(plan.chunks)))
 
 
 def refused(code: Code, act: Any, *arguments: Any) -> None:
@@ -46,15 +46,16 @@ def refused(code: Code, act: Any, *arguments: Any) -> None:
 
 @every_codec
 def test_begin(plan: Plan) -> None:
-    intake.check_begin(begin(plan), (plan,), NOW)
-    intake.check_begin(begin(plan, base=Version(1, 99)), (plan,), NOW)
+    intake.check_begin(begin(plan), ({plan.codec: plan},), NOW)
+    intake.check_begin(begin(plan, base=Version(1, 99)), ({plan.codec: plan},), NOW)
     other = next(name for name in PLANS if name != plan.codec)
-    refused(Code.BAD_CHUNK, intake.check_begin, begin(plan, fragment=1), (plan,), NOW)
-    refused(Code.UNKNOWN_CODEC, intake.check_begin, begin(plan, codec=other), (plan,), NOW)
+    assert intake.check_begin(begin(plan), ({other: PLANS[other], plan.codec: plan},), NOW) is plan
+    refused(Code.BAD_CHUNK, intake.check_begin, begin(plan, fragment=1), ({plan.codec: plan},), NOW)
+    refused(Code.UNKNOWN_CODEC, intake.check_begin, begin(plan, codec=other), ({plan.codec: plan},), NOW)
     for wrong in (0, plan.bytes - 1, plan.bytes + 1, 2**53 - 1):
-        refused(Code.BAD_LENGTH, intake.check_begin, begin(plan, bytes=wrong), (plan,), NOW)
+        refused(Code.BAD_LENGTH, intake.check_begin, begin(plan, bytes=wrong), ({plan.codec: plan},), NOW)
     for future in (Version(2, 11), Version(3, 0)):
-        refused(Code.BASE_VERSION, intake.check_begin, begin(plan, base=future), (plan,), NOW)
+        refused(Code.BASE_VERSION, intake.check_begin, begin(plan, base=future), ({plan.codec: plan},), NOW)
 
 
 @every_codec
@@ -68,8 +69,8 @@ def test_chunks_in_any_order_are_taken_whole(plan: Plan, random: Any) -> None:
         refused(Code.TRUNCATED, intake.check_complete, under_way)
         chunk = plan.chunks[index]
         payload = ENCODED[plan.codec][chunk.offset : chunk.offset + chunk.size].tobytes()
-        intake.take_chunk(under_way, target, plan, index, payload)
-        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, plan, index, payload)
+        intake.take_chunk(under_way, target, index, payload)
+        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, index, payload)
     intake.check_complete(under_way)
     assert target.tobytes() == ENCODED[plan.codec].tobytes()
 
@@ -79,9 +80,9 @@ def test_wrong_chunks(plan: Plan) -> None:
     target, under_way, chunk = np.zeros(plan.bytes, np.uint8), transfer(plan), plan.chunks[0]
     good = ENCODED[plan.codec][: chunk.size].tobytes()
     for payload in (b"", good[:-1], good + b"\0"):
-        refused(Code.BAD_LENGTH, intake.take_chunk, under_way, target, plan, 0, payload)
+        refused(Code.BAD_LENGTH, intake.take_chunk, under_way, target, 0, payload)
     for index in (len(plan.chunks), 2**53 - 1):
-        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, plan, index, good)
+        refused(Code.BAD_CHUNK, intake.take_chunk, under_way, target, index, good)
     refused(Code.TRUNCATED, intake.check_complete, under_way)
 
 
@@ -97,7 +98,7 @@ def test_values_that_are_not_finite() -> None:
                     start = block.offset - chunk.offset
                     bad[start : start + size].view(dtype if block.codec.name == name else np.float32)[place] = value
                     target = np.zeros(plan.bytes, np.uint8)
-                    refused(Code.NON_FINITE, intake.take_chunk, transfer(plan), target, plan, index, bad.tobytes())
+                    refused(Code.NON_FINITE, intake.take_chunk, transfer(plan), target, index, bad.tobytes())
 
 
 def test_padding_must_be_zero() -> None:
@@ -110,4 +111,4 @@ def test_padding_must_be_zero() -> None:
     bad = ENCODED["fp16"][chunk.offset : chunk.offset + chunk.size].copy()
     bad[block.offset + block.size - 1 - chunk.offset] = 1
     target = np.zeros(plan.bytes, np.uint8)
-    refused(Code.ENCODING, intake.take_chunk, transfer(plan), target, plan, index, bad.tobytes())
+    refused(Code.ENCODING, intake.take_chunk, transfer(plan), target, index, bad.tobytes())

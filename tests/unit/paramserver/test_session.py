@@ -7,9 +7,10 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import chunks
 from common.messages import Begin, Scalars, Version
 from paramserver.session import Decision, Session, Transfer
-from tests.cluster import Desk
+from tests.cluster import SMALL, Desk
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 numbers = st.integers(0, 2**53 - 1)
@@ -97,7 +98,7 @@ def test_end_keeps_only_the_record() -> None:
 
 def test_committed_means_that_the_scalars_are_there() -> None:
     begin = Begin("t", 1, "push", 1, 0, "fp32", 8, Version(1, 0), 0)
-    transfer = Transfer(begin, 1, 0.0)
+    transfer = Transfer(begin, chunks.plan(SMALL, "fp32"), 1, 0.0)
     assert not transfer.committed
     transfer.scalars = Scalars(0.0, 1, 1, 0.1)
     assert transfer.committed

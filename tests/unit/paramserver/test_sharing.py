@@ -412,7 +412,7 @@ def test_a_refused_push_changes_nothing(codec: str, at: int) -> None:
     before = found.state()
     pieces = hand.pieces(2, 1.0)
     data = np.frombuffer(pieces[0].payload, np.uint8).copy()  # type: ignore[union-attr]
-    block = next(b for b in hand.desk.core.shard.ups[0].blocks if b.first <= at < b.last)  # type: ignore[union-attr]
+    block = next(b for b in hand.desk.core.shard.ups[0][codec].blocks if b.first <= at < b.last)  # type: ignore[union-attr]
     width = 4 if codec == "fp32" else 2
     offset = block.offset + width * (at - block.first)
     data[offset : offset + width] = [0, 0, 0xC0, 0x7F][4 - width :]

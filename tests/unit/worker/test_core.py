@@ -158,7 +158,9 @@ class Bench:
     def pushes(self, base: Version = FIRST, ready: int | None = None, spare: Any = None) -> None:
         plan = self.core.plan("fp32")
         data = np.zeros(plan.bytes, np.uint8)
-        self.does(worker.PushWanted(data, SCALARS, base, len(plan.chunks) if ready is None else ready, spare))
+        self.does(
+            worker.PushWanted(data, plan.codec, SCALARS, base, len(plan.chunks) if ready is None else ready, spare)
+        )
 
 
 def joined(layout: Layout = SMALL) -> Bench:
@@ -513,6 +515,31 @@ def test_rejection_and_refusal_are_told_with_their_code() -> None:
     bench.hears(Grant("s", 1, 2, "refuse", 0, "quarantined", "Too many."))
     [settled] = bench.news()
     assert (settled.number, settled.outcome, settled.code) == (2, "rejected", "quarantined")
+
+
+@BOTH
+def test_a_push_is_answered_when_the_server_first_says_what_becomes_of_it(layout: Layout) -> None:
+    """Also where that is `held`; what the others take then, and the reply, do not count."""
+    bench = joined(layout)
+    bench.pushes()
+    bench.wait(1.5, echo=True)
+    at = bench.now
+    bench.ack(1, FIRST, outcome="held")
+    bench.wait(2.0, echo=True)
+    bench.ack(1, Version(1, 1))
+    [settled] = bench.news(worker.Settled)
+    assert settled.answered_s == at
+
+
+@BOTH
+def test_what_two_connections_took_is_no_time_of_an_exchange(layout: Layout) -> None:
+    bench = joined(layout)
+    bench.pushes()
+    bench.does(worker.LinkLost())
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    bench.ack(1, Version(1, 1), connection=2)
+    [settled] = bench.news(worker.Settled)
+    assert settled.answered_s is None
 
 
 def test_held_is_not_settled() -> None:

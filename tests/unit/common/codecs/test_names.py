@@ -70,4 +70,4 @@ def test_a_peer_has_to_know_the_codec_and_the_feedback() -> None:
     assert codecs.words("int8:256") == ("int8",)
     assert codecs.words("topk") == ("ef", "topk")
     assert codecs.words("plain:int4") == ("int4",)
-    assert set(codecs.known()) == {*codecs.names(), "ef", "difference"}
+    assert set(codecs.known()) == {*codecs.names(), "ef", "difference", "auto"}
