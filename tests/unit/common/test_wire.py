@@ -131,7 +131,7 @@ def test_header_bytes_do_not_change() -> None:
     """Other versions and other languages read them: a change here is a new protocol version."""
     beat = bytes(wire.encode(Beat("s", 3, 70_000))[0])
     assert beat.hex() == (
-        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c04a474797065a462656174"
+        "85a773657373696f6ea173aa636f6e6e656374696f6e03a57374657073ce00011170a870726f746f636f6c05a474797065a462656174"
     )
     push = Push(Begin("s", 1, "push", 2, 0, "fp32", 32, Version(1, 7), 9), Scalars(0.5, 8, 1, 0.25), b"\x00\x01")
     header, payload = wire.encode(push)
