@@ -18,7 +18,6 @@ from typing import Literal
 from common.codecs.base import F32
 from common.errors import Code, PeerError
 from common.messages import Begin, Buffer, Chunk, Commit, Grant, More, Push, Scalars
-from common.wire import PAYLOAD_BYTES
 from paramserver import intake
 from paramserver.downlink import Downlink
 from paramserver.initial import InitialWeights
@@ -250,7 +249,7 @@ class Uplink:
         self._grant(session, begin.number, "refuse", 0, refusal.code, str(refusal))
 
     def _take_whole(self, session: Session, transfer: Transfer, push: Push) -> None:
-        if len(push.payload) <= PAYLOAD_BYTES:
+        if len(transfer.plan.chunks) == 1:
             if self._take(session, transfer, 0, push.payload):
                 self._complete(session, transfer, push.scalars)
             return

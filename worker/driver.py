@@ -162,6 +162,7 @@ class Driver(Carrier):
         self._interrupts = Interrupts()
         self._memory: Memory | None = None
         self._closed = False
+        self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
 
@@ -188,7 +189,7 @@ class Driver(Carrier):
             try:
                 due = self._due
                 self._drive(self._take_posted)
-                if self._attended or self._over or self._due < due or self._endpoint.readable:
+                if self._attended or self._over or self._due < due:
                     self._call()
             finally:
                 self._wheel.release()
@@ -215,7 +216,7 @@ class Driver(Carrier):
         try:
             while True:
                 with self._wheel:
-                    if not self._news and (waited or self._endpoint.readable):
+                    if not (self._news or self._over) and (waited or self._endpoint.readable):
                         self._drive(self._turn)
                 now = time.monotonic()
                 if self._news or self._over or now >= end:
@@ -228,9 +229,6 @@ class Driver(Carrier):
 
     def _run(self) -> None:
         """The thread in the background."""
-        with self._wheel:
-            self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
-            self._call()
         while not self._over:
             now = time.monotonic()
             if self._attended or now < self._attended_until + ASIDE_S:
@@ -270,6 +268,8 @@ class Driver(Carrier):
         except Exception as error:
             self._error = error
         self._due = self._core.deadline() or 0.0
+        if self._endpoint.readable:  # sending may have used up what the descriptor had to tell
+            self._call()
         self._interrupts.release()
 
     def _turn(self) -> None:
@@ -301,7 +301,7 @@ class Driver(Carrier):
                 case Redial():
                     self._endpoint.close()
                     self._endpoint = self._dial(self._address)
-                    self._call()  # nobody has looked what came to this one
+                    self._call()  # whoever waits for the old one
                     self._do(self._core.handle(Dialled(), time.monotonic()))
                 case Attach(place):
                     if not self._attach(place):

@@ -17,7 +17,7 @@ import pytest
 from common import chunks, rules
 from common.codecs.base import U8
 from common.config import ServerSettings
-from common.layout import Layout
+from common.layout import Layout, Tensor
 from common.messages import (
     Ack,
     Bye,
@@ -476,6 +476,17 @@ def test_what_changes_while_it_is_added_never_makes_two_centers() -> None:
         over.set()
         writer.join()
     assert outcomes == {"applied", "rejected"}
+
+
+def test_an_update_of_two_chunks_that_would_fit_one_message() -> None:
+    layout = Layout((Tensor("w", (271, 1000), "float32", "parameter"),))
+    found = desk(layout)
+    hand, given = sharing(found)
+    assert len(found.core.shard.ups[0]["fp32"].chunks) == 2  # type: ignore[union-attr]
+    ack = hand.push(1, 2.0)
+    assert ack.outcome == "applied"
+    assert lies_in(found, given, ack)
+    assert set(found.core.shard.center) == {2.0}  # type: ignore[union-attr]
 
 
 def test_an_update_that_is_as_long_as_no_update_is_refused() -> None:

@@ -284,6 +284,20 @@ def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
         assert time.monotonic() - started < 1.0
 
 
+def test_hello_is_said_once_however_soon_the_trainer_waits() -> None:
+    for _ in range(20):
+        server = Server()
+        worker = Worker(server.end.address)
+        assert worker.driver.news(0.002) is None
+        server.welcomes()
+        worker.told(core.Joined)
+        server.hears(Pull)
+        assert [type(message) for _, message in server.heard if not isinstance(message, Beat)] == [Hello, Pull]
+        server.says(Bye("s", 1, "enough"))
+        worker.driver.close(PATIENCE_S)
+        server.end.close()
+
+
 def test_memory_that_is_asked_for_when_the_thread_has_ended_is_not_left_open() -> None:
     """It may end between the word that the worker joined and the trainer's answer to it."""
     before = memories()
