@@ -5,9 +5,9 @@
     fewer x       bytes a sample of synchronous data-parallel training / bytes a sample, both ways together
     against fp32  test accuracy less that of the same rule with fp32 both ways, in points, mean over the seeds
 
-`mnist`: rule x codec, each codec up. `charlm`: DiLoCo, 100 local steps between updates of 4 bits. Four workers, whose
-steps take 100 ms of virtual time with 10 % jitter; in every case of a task equally many steps, the task's own learning
-rate and the rule's own settings, whatever the codec.
+`mnist`: rule x codec, each codec up, and down as a whole or a difference. `charlm`: DiLoCo, 100 local steps between
+updates of 4 bits. Four workers, whose steps take 100 ms of virtual time with 10 % jitter; in every case of a task
+equally many steps, the task's own learning rate and the rule's own settings, whatever the codec.
 
 Synchronous is what `local_sgd` with one local step does, on batches of the same size: each worker sends all of its fp32
 gradient (times the learning rate) every step, and receives the mean. Counted are updates and replies; joining is not.
@@ -40,6 +40,7 @@ CODECS = (LOSSLESS, "bf16", "int8", "int4", "e3m0", "sign", "topk", "topk:0.0075
 """The last sends an update of `mnist` in a hundredth of its bytes, parts included that no codec quantises."""
 RULES = {"downpour": 4, "gem": 4, "local_sgd": 4}
 """Local steps of each on `mnist`."""
+DIFFERENCES = ("--replies", "difference")
 
 
 class Training(NamedTuple):
@@ -86,11 +87,17 @@ CASES: dict[str, tuple[Case, ...]] = {
         synchronous("mnist"),
         *(Case("mnist", rule, steps, codec) for rule, steps in RULES.items() for codec in CODECS),
         *(Case("mnist", rule, steps, "int8", "int8") for rule, steps in RULES.items()),
+        *(
+            Case("mnist", rule, steps, codec, "plain:int4", DIFFERENCES)
+            for rule, steps in RULES.items()
+            for codec in (LOSSLESS, "int4")
+        ),
     ),
     "charlm": (
         synchronous("charlm"),
         Case("charlm", "diloco", 100),
         *(Case("charlm", "diloco", 100, codec, "int8") for codec in ("int8", "int4", "e3m0")),
+        Case("charlm", "diloco", 100, "int4", "plain:int4", DIFFERENCES),
     ),
 }
 

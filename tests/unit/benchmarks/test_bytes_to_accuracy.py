@@ -30,7 +30,7 @@ def test_a_server_takes_every_case_and_its_budget_is_whole_rounds(case: Case) ->
     training = bytes_to_accuracy.TRAININGS[case.task]
     run = bytes_to_accuracy.simulation(case, training, 0, Path("data"))
     words = dict(zip(run.words[::2], run.words[1::2], strict=True))
-    names = ("--rule", "--codec", "--reply-codec", "--local-steps", "--budget-updates")
+    names = {"--rule", "--codec", "--replies", "--reply-codec", "--local-steps", "--budget-updates"} & words.keys()
     settings = ServerSettings(**{name[2:].replace("-", "_"): words[name] for name in names})
     assert settings.budget_updates is not None
     assert settings.budget_updates * case.local_steps == training.steps * bytes_to_accuracy.WORKERS
@@ -53,12 +53,15 @@ def test_updates_of_mnist_are_8_25_and_100_times_smaller() -> None:
     assert smaller["int4"] == smaller["e3m0"] == pytest.approx(7.43, abs=0.01)
     assert smaller["sign"] > 25
     assert smaller["topk:0.0075"] > 100
+    down = chunks.plan(LAYOUTS["mnist"], "plain:int4").bytes
+    assert fp32 / down > 4, "replies as differences"
 
 
 def test_diloco_with_four_bits_sends_400_times_less() -> None:
     reference = _traffic(synchronous("charlm"), 16).bytes_a_sample
-    [case] = [case for case in CASES["charlm"] if case.codec == "int4"]
-    assert reference / _traffic(case, 16).bytes_a_sample > 400
+    fewer = [reference / _traffic(case, 16).bytes_a_sample for case in CASES["charlm"] if case.codec == "int4"]
+    assert len(fewer) == 2
+    assert min(fewer) > 400
 
 
 @pytest.mark.slow
