@@ -151,7 +151,7 @@ class Driver(Carrier):
         self._news: deque[Any] = deque()
         self._error: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        weakref.finalize(self, os.close, self._wake)
+        weakref.finalize(self, os.close, self._wake).atexit = False  # then the thread may still be at work
         self._wheel = threading.Lock()
         """Whoever has it, and nobody else, touches the core and the connection."""
         self._attended = False
