@@ -14,6 +14,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from common import codecs
 from common.codecs import draws
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8, Codec
+from common.codecs.feedback import Piece
 from common.errors import CodecError
 from common.layout import Layout
 
@@ -76,11 +78,10 @@ class Plan(NamedTuple):
         """The parameters that travel: all of them, or those of a fragment."""
         return slice(self.blocks[0].first, self.blocks[self.parameter_blocks - 1].last)
 
-    def pieces(self, data: U8) -> Iterator[tuple[Codec, int, int, U8]]:
-        """(codec, first element, last element, encoded bytes) of every block of parameters. data: (bytes,)."""
+    def pieces(self, data: U8) -> Iterator[Piece]:
+        """Every block of parameters, for whoever remembers what encoding lost. data: (bytes,)."""
         for block in self.blocks[: self.parameter_blocks]:
-            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-            yield block.codec, block.first, block.last, data[block.offset : end]
+            yield slice(block.first, block.last), partial(self.decode_block, block, data)
 
     def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
         """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity.

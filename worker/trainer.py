@@ -27,25 +27,22 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from common import LIBRARY, codecs, rules
 from common.binding import Binding, layout_of
-from common.buffers import zeros
 from common.chunks import Plan, plan
 from common.codecs import draws
-from common.codecs.base import F32, U8
-from common.codecs.feedback import Memory
+from common.codecs.base import F32
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
 from common.messages import NOWHERE, Optimizer, Order, Scalar, Scalars, Version
-from common.rules.base import OptimizerFacts
 from common.wire import PAYLOAD_BYTES
 from worker import core
 from worker.choosing import Choice
 from worker.core import PullWanted, WorkerCore
 from worker.diversity import Gradients, Meter
 from worker.driver import Machine
+from worker.vectors import HostVectors, Start, rule_facts
 
 NAME_CHARACTERS = 64
 PATIENCE_S = 10.0
@@ -113,10 +110,8 @@ class Exchanges:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A push that is not settled. x: (elements,) the parameters at the push; `part`: the elements that were pushed;
-    since: when it began to be encoded, seconds."""
+    """A push that is not settled. part: the elements that were pushed; since: when encoding began, seconds."""
 
-    x: F32
     progress: Progress
     part: slice
     at_step: int
@@ -145,13 +140,7 @@ class Session:
         self._layout = layout_of(model)
         if len(self._layout.describe()) > PAYLOAD_BYTES:
             raise UsageError(f"The model has {len(self._layout.tensors):,} tensors; their names do not fit a message.")
-        self._binding = Binding(model, self._layout)
-        self._parameters = self._layout.parameters
-        elements = self._layout.elements
-        # x: the parameters as last gathered; anchor: what the last merge took; spare: the next x while one is in flight
-        self._x, self._anchor, self._spare, self._scratch = (zeros(elements, np.float32) for _ in range(4))
-        self._outlived: F32 | None = None
-        """The anchor before the last merge: memory for the next reply."""
+        self._vectors = HostVectors(Binding(model, self._layout))
         self._base: Version = NOWHERE
         self._in_flight: _InFlight | None = None
         self._progress = Progress()
@@ -166,8 +155,6 @@ class Session:
         self._early: core.Settled | None = None
         """A reply that is here before the rule wants it merged."""
         self._pulled: core.Fetched | None = None
-        self._memory: Memory | None = None
-        """What the codec lost of the pushes so far, where it feeds that back."""
         self._encoded = 0
         """Pushes that were encoded, of all sessions."""
         self._loss = 0.0
@@ -187,7 +174,6 @@ class Session:
             host=machine.host,
             group=group,
         )
-        self._binding.gather(self._x)
         self._driver = machine.carry(self._core, address)
         try:
             self._join(connect_timeout_s)
@@ -337,16 +323,12 @@ class Session:
 
     def _pull(self, source: str) -> None:
         """x <- what the rule makes of `source`, such as a leader."""
-        assert self._rule.pull is not None
         self._pulled = None
         self._driver.post(PullWanted("order", source))
         self._wait(lambda: self._pulled is not None or self._away or self.finished, None, f"'{source}'")
         if (pulled := self._take_pulled()) is None:
             return
-        n = self._parameters
-        self._binding.gather(self._x)
-        self._rule.pull(self._config, self._x[:n], source, pulled.values[:n])
-        self._binding.scatter(self._x)
+        self._vectors.pull(source, pulled.values)
         self.exchanges.bytes_down += self._core.plan(str(self.settings["reply_codec"])).bytes
         self._base = pulled.base
 
@@ -439,7 +421,6 @@ class Session:
         self._local_steps = int(settings["local_steps"])
         self._meter.every_steps = int(settings["diversity_every_steps"])
         self._overlap = bool(settings["overlap"])
-        self._average_buffers = settings["buffers"] == "average"
         fragments = self._rule.fragments(self._config)
         cuts = [(part, fragments) for part in range(fragments)]
         choices = codecs.choices(str(settings["codec"]))
@@ -447,13 +428,10 @@ class Session:
         self._ups = [{codec: plan(self._layout, codec, *cut) for codec in choices} for cut in cuts]
         self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
         longest = max(up.bytes for ups in self._ups for up in ups.values())
-        self._update: U8 = self._driver.staging(longest, str(settings["machine"]))
-        in_place = {codec: up.in_place(self._update) if fragments == 1 else None for codec, up in self._ups[0].items()}
-        self._deltas = {codec: self._scratch if delta is None else delta for codec, delta in in_place.items()}
-        remembers = any(up.remembers for up in self._ups[0].values())
-        self._memory = Memory(self._layout.elements) if remembers else None
+        staging = self._driver.staging(longest, str(settings["machine"]))
+        average = settings["buffers"] == "average"
+        self._vectors.adopt(self._rule, self._config, self._ups, staging, average_buffers=average)
         self._seed = int(settings.get("seed", 0))
-        self._sent = zeros(self._layout.elements if self._rule.track is not None else 0, np.float32)
         self._fragment = 0
         log.info("joined as %s: rule %s, %s local steps", joined.welcome.worker, settings["rule"], self._local_steps)
 
@@ -461,45 +439,27 @@ class Session:
 
     def _push(self) -> None:
         """Encode what the rule makes of x and anchor (and the float buffers as they are) and send it off."""
-        n, up = self._parameters, self._ups[self._fragment][self._choice.codec]
-        self._binding.gather(self._x)
-        x, delta = self._x, self._deltas[up.codec]
-        if self._rule.point is not None:
-            x = self._spare
-            x[:] = self._x
-            self._binding.gather_state(self._optimizer, "momentum_buffer", delta)
-            self._rule.point(self._config, x[:n], delta[:n], _rule_facts(self._optimizer))
-        self._rule.update(self._config, x[:n], self._anchor[:n], delta[:n])
-        delta[n:] = self._x[n:]
+        up = self._ups[self._fragment][self._choice.codec]
+        self._vectors.work_out(up, self._optimizer)
         progress, self._progress = self._progress, Progress()
-        part = up.part
-        if self._memory is not None:
-            self._memory.add(delta, part.start, part.stop)
-        self._in_flight = _InFlight(self._x, progress, part, self.steps, self._now())
-        self._x, self._spare = self._spare, self._x
+        self._in_flight = _InFlight(progress, up.part, self.steps, self._now())
         mean_loss = progress.loss_sum / max(progress.steps, 1)
         lr = float(self._optimizer.param_groups[0]["lr"])
         scalars = Scalars(mean_loss, progress.samples, progress.steps, lr, self._meter.take())
-        outlived, self._outlived = self._outlived, None
         self._encoded += 1
         key = draws.of_push(self._seed, self.name, self._encoded)
-        data = self._update[: up.bytes]
         try:
-            self._driver.push(delta, up, data, scalars, self._base, outlived, self._fragment, key=key)
+            self._vectors.push(self._driver, up, scalars, self._base, self._fragment, key)
         except CodecError as error:
             self._in_flight, self._progress = None, progress
             self._reject(str(error))
             return
         self.exchanges.bytes_up += up.bytes
-        if self._memory is not None:
-            self._memory.remember(delta, up.pieces(data))
-        if self._rule.track is not None:
-            up.decode(self._update, self._sent)
 
     def _settled(self, news: core.Settled, *, early: bool) -> None:
         if self._in_flight is None:
             return  # withdrawn meanwhile
-        self._settle_memory(taken=news.outcome == "applied")
+        self._vectors.settle(taken=news.outcome == "applied")
         if early and news.answered_s is not None and news.outcome == "applied":
             self._weigh(news.answered_s - self._in_flight.since, shared=news.shared)
         if early and news.values is not None and self.steps - self._in_flight.at_step < self._delay:
@@ -510,7 +470,7 @@ class Session:
             self._rejected_in_a_row = 0
             self.exchanges.bytes_down += self._downs[self._fragment].bytes
             self._local_steps = news.local_steps
-            self._merge(news.values, self._in_flight.x, self._in_flight.part)
+            self._vectors.merge(news.values, self._in_flight.part, moved=self._progress.steps > 0)
             self._base = news.base
             self._in_flight = None
             self._fragment = (self._fragment + 1) % len(self._ups)
@@ -536,10 +496,6 @@ class Session:
             if self._choice.reason:
                 log.info("codec auto chooses %s", self._choice.reason)
 
-    def _settle_memory(self, *, taken: bool) -> None:
-        if self._memory is not None:
-            self._memory.settle(taken=taken)
-
     def _reject(self, why: str) -> None:
         """This worker's own parameters cannot be pushed: give them up, go on from the center."""
         log.warning("%s The progress of %d steps is dropped; going on from the center.", why, self._progress.steps)
@@ -561,46 +517,6 @@ class Session:
                 else "Change what it was refused for, on the server or here.",
             )
 
-    def _merge(self, reply: F32, start: F32, part: slice) -> None:
-        """x <- merge(reply) + (x now - start), on `part` of the parameters; the anchor becomes what the rule says.
-
-        start: (elements,) x when it was pushed; not kept.
-        """
-        n, sent, rule = self._parameters, self._sent, self._rule
-        moved = self._progress.steps > 0
-        now, merged = (self._x, self._scratch) if moved else (start, start)  # x is where it was: merge in place
-        if moved:
-            self._binding.gather(now)
-            if part == slice(0, n):
-                merged[n:] = now[n:]
-            else:
-                merged[:] = now
-            merged[part] = start[part]
-        rule.merge(self._config, merged[part], reply[part])
-        if moved:
-            now[part] -= start[part]
-            merged[part] += now[part]
-        if part.stop == n and self._average_buffers:
-            merged[n:] = reply[n:]
-        if rule.track is not None:
-            rule.track(self._config, self._anchor[part], sent[part], reply[part])
-            self._outlived = reply
-        elif part == slice(0, n):
-            self._anchor, self._outlived = reply, self._anchor
-        else:
-            self._anchor[part] = reply[part]
-            self._outlived = reply
-        self._binding.scatter(merged)
-        if not self._binding.exact and rule.track is None:
-            self._anchor_as_held(now, moved, part)
-
-    def _anchor_as_held(self, progress: F32, moved: bool, part: slice) -> None:
-        """Half precision rounds what a merge writes; that is no training, so it goes into the anchor."""
-        self._binding.gather(self._scratch)
-        self._anchor[part] = self._scratch[part]
-        if moved:
-            self._anchor[part] -= progress[part]
-
     def _reanchored(self, news: core.Fetched) -> None:
         """Go on from this center: x <- c + (x - what was pushed or dropped), anchor <- c.
 
@@ -608,10 +524,10 @@ class Session:
         """
         keep = self._rule.private and self._base != NOWHERE and not self._discard
         if keep:
-            self._anchor, self._outlived = news.values, self._anchor
+            self._vectors.anchor_at(news.values)
         else:
             self._go_on_from(news.values)
-        self._settle_memory(taken=False)
+        self._vectors.settle(taken=False)
         self._in_flight = self._early = None
         self._base = news.base
         self._discard = self._reanchoring = False
@@ -619,37 +535,22 @@ class Session:
     def _go_on_from(self, center: F32) -> None:
         if self._base == NOWHERE or self._discard:
             self._progress = Progress()
-            self._binding.gather(self._x)
-            start = self._x
+            start: Start = "here"
         elif self._in_flight is not None and self._reanchoring:
-            start = self._in_flight.x
+            start = "pushed"
         else:
             # the session was lost unnoticed; a push that crossed this news is orphaned, and is taken back here
             if self._in_flight is not None:
                 self._progress.add(self._in_flight.progress)
-            start = self._anchor
-        n, now, merged = self._parameters, self._x, self._scratch
-        moved = self._progress.steps > 0
-        if moved:
-            self._binding.gather(now)
-        else:
-            now[:] = start
-        merged[:n] = center[:n]
-        if moved:
-            now[:n] -= start[:n]
-            merged[:n] += now[:n]
-        merged[n:] = center[n:] if self._average_buffers else now[n:]
-        self._anchor, self._outlived = center, self._anchor
-        self._binding.scatter(merged)
-        if not self._binding.exact:
-            self._anchor_as_held(now, moved, slice(0, n))
+            start = "anchor"
+        self._vectors.go_on_from(center, start, moved=self._progress.steps > 0)
 
     def _orphaned(self, news: core.Orphaned) -> None:
         """The session was lost under a push: take it back only where it was surely not applied."""
         if self._in_flight is None:
             return  # taken back already
         self._reanchoring = True
-        self._settle_memory(taken=news.pushed)
+        self._vectors.settle(taken=news.pushed)
         if news.pushed:
             log.warning("the session was lost; update %d counts as pushed and is not repeated", news.number)
             return
@@ -701,15 +602,11 @@ class Session:
 
     def _send_weights(self) -> None:
         """Supply the first center; raises UsageError where the model is not finite."""
-        exact = self._core.plan(core.LOSSLESS)
-        data = np.zeros(exact.bytes, np.uint8)
-        self._binding.gather(self._x)
         try:
-            exact.encode(self._x, data)
+            data = self._vectors.weights(self._core.plan(core.LOSSLESS))
         except CodecError:
             raise UsageError("The model holds NaN or infinity.", fix="Initialise it before joining.") from None
-        # from here on this is the anchor: a server that lost its state starts from these weights, not from older ones
-        self._anchor[:] = self._x
+        # they are the anchor from here on: a server that lost its state starts from these, not from older ones
         self._in_flight = None
         self._progress = Progress()
         self._driver.post(core.InitialWeights(data))
@@ -752,16 +649,4 @@ class Session:
 
 
 def _facts(optimizer: torch.optim.Optimizer) -> Optimizer:
-    return Optimizer(*_rule_facts(optimizer))
-
-
-def _rule_facts(optimizer: torch.optim.Optimizer) -> OptimizerFacts:
-    group = optimizer.param_groups[0]
-    return OptimizerFacts(
-        type(optimizer).__name__,
-        float(group["lr"]),
-        float(group.get("momentum", 0.0) or 0.0),
-        len(optimizer.param_groups),
-        bool(group.get("nesterov", False)),
-        float(group.get("dampening", 0.0) or 0.0),
-    )
+    return Optimizer(*rule_facts(optimizer))

@@ -17,47 +17,50 @@ Left out: decay (e <- beta e, which conserves nothing); a memory for replies, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from common.codecs.base import F32, U8, Codec
-
-Piece: TypeAlias = tuple[Codec, int, int, U8]
-"""(codec, first element, last element, encoded bytes) of a block."""
+Vector: TypeAlias = Any
+"""float32, an array of numpy's or a tensor: all of one memory are of one kind."""
+Piece: TypeAlias = tuple[slice, Callable[[Vector], None]]
+"""Some elements, and what decodes into a vector of so many what was sent of them."""
 
 
 class Memory:
-    """What one sender has not got across yet."""
+    """What one sender has not got across yet. zeros(n): (n,) zeros, of the kind and in the place that updates are."""
 
-    def __init__(self, elements: int) -> None:
-        self._e = np.zeros(elements, np.float32)
-        self._next = np.zeros(elements, np.float32)
+    def __init__(self, elements: int, zeros: Callable[[int], Vector] = lambda n: np.zeros(n, np.float32)) -> None:
+        self._e = zeros(elements)
+        self._next = zeros(elements)
         self._under_way: list[slice] = []
 
     def __repr__(self) -> str:
-        return f"<Memory of {self._e.size:,} elements, {'an update' if self._under_way else 'nothing'} under way>"
+        return f"<Memory of {len(self._e):,} elements, {'an update' if self._under_way else 'nothing'} under way>"
 
     @property
-    def e(self) -> F32:
+    def e(self) -> Vector:
         """(elements,) what was lost of all that was taken; to be read."""
         view = self._e[:]
-        view.flags.writeable = False
+        if isinstance(view, np.ndarray):
+            view.flags.writeable = False
         return view
 
-    def add(self, update: F32, first: int, last: int) -> None:
+    def add(self, update: Vector, first: int, last: int) -> None:
         """update: (elements,) p <- D + e, on elements [first, last)."""
         update[first:last] += self._e[first:last]
 
-    def remember(self, update: F32, pieces: Iterable[Piece]) -> None:
+    def remember(self, update: Vector, pieces: Iterable[Piece]) -> None:
         """What e will be, should this update be taken. update: (elements,) p, from which `pieces` were encoded."""
         self._under_way.clear()
-        for codec, first, last, encoded in pieces:
-            part = slice(first, last)
+        for part, decode in pieces:
             lost = self._next[part]
-            codec.decode(encoded, lost)
-            np.subtract(update[part], lost, out=lost)
+            decode(lost)
+            if isinstance(lost, np.ndarray):
+                np.subtract(update[part], lost, out=lost)
+            else:  # the same bits: a - b is -b + a
+                lost.neg_().add_(update[part])
             self._under_way.append(part)
 
     def settle(self, *, taken: bool) -> None:

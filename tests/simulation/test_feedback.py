@@ -77,8 +77,9 @@ class Trainer(Inhabitant):
     @property
     def remembered(self) -> Any:
         assert self.session is not None
-        assert self.session._memory is not None
-        return self.session._memory.e
+        memory = self.session._vectors.memory
+        assert memory is not None
+        return memory.e
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def test_worked_numbers_of_the_scaled_sign() -> None:
             p = np.array(g, np.float32)
             memory.add(p, 0, 2)
             sign.encode(p, data)
-            memory.remember(p, [(sign, 0, 2, data)])
+            memory.remember(p, [(slice(0, 2), lambda x: sign.decode(data, x))])
             memory.settle(taken=True)
             found.append([round(float(one), 5) for one in memory.e])
         return found
