@@ -9,6 +9,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 
 from common.errors import UsageError
 from common.layout import DTYPES, Kind, Layout, Tensor, order
+
+Flat: TypeAlias = NDArray[np.float32] | torch.Tensor
+"""A flat float32 vector, in host memory or on a device."""
 
 
 def layout_of(model: torch.nn.Module) -> Layout:
@@ -52,6 +56,9 @@ class Binding:
     def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
         by_name = {name: tensor for tensor, _, name in _named(model)}
         self.layout = layout
+        devices = {by_name[t.name].device for t in layout.tensors if t.kind != "local" and t.elements}
+        self.device = devices.pop() if len(devices) == 1 else None
+        """Where all that is exchanged lies; None where it lies on several devices."""
         self.exact = all(t.dtype in ("float32", "float64") for t in layout.tensors if t.kind == "parameter")
         """Whether the parameters hold any float32 value as it is."""
         self._ranges: list[tuple[torch.Tensor, int, int]] = []
@@ -62,14 +69,14 @@ class Binding:
                 start += tensor.elements
 
     @torch.no_grad()
-    def gather(self, flat: NDArray[np.float32]) -> None:
+    def gather(self, flat: Flat) -> None:
         """flat: (elements,) <- the model's tensors."""
         torch._foreach_copy_(self._parts(flat), self._flattened())
 
     @torch.no_grad()
-    def gather_state(self, optimizer: torch.optim.Optimizer, key: str, flat: NDArray[np.float32]) -> None:
+    def gather_state(self, optimizer: torch.optim.Optimizer, key: str, flat: Flat) -> None:
         """flat: (elements,) <- what the optimizer keeps under `key` for each parameter; zero where it keeps nothing."""
-        whole = torch.from_numpy(flat)
+        whole = _tensor(flat)
         for tensor, first, last in self._ranges:
             kept = optimizer.state[tensor].get(key) if tensor in optimizer.state else None
             if kept is None:
@@ -78,7 +85,7 @@ class Binding:
                 whole[first:last].copy_(kept.reshape(-1))
 
     @torch.no_grad()
-    def scatter(self, flat: NDArray[np.float32]) -> None:
+    def scatter(self, flat: Flat) -> None:
         """The model's tensors <- flat: (elements,)."""
         parts = self._parts(flat)
         if all(tensor.is_contiguous() for tensor, _, _ in self._ranges):
@@ -87,13 +94,17 @@ class Binding:
             for (tensor, _, _), part in zip(self._ranges, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
-    def _parts(self, flat: NDArray[np.float32]) -> list[torch.Tensor]:
+    def _parts(self, flat: Flat) -> list[torch.Tensor]:
         """Views of a flat vector, one for each tensor."""
-        return list(torch.from_numpy(flat).split([last - first for _, first, last in self._ranges]))
+        return list(_tensor(flat).split([last - first for _, first, last in self._ranges]))
 
     def _flattened(self) -> list[torch.Tensor]:
         """The tensors, each in one dimension: views of those that are contiguous."""
         return [tensor.detach().reshape(-1) for tensor, _, _ in self._ranges]
+
+
+def _tensor(flat: Flat) -> torch.Tensor:
+    return flat if isinstance(flat, torch.Tensor) else torch.from_numpy(flat)
 
 
 def _named(model: torch.nn.Module) -> Iterable[tuple[torch.Tensor, Kind, str]]:

@@ -70,6 +70,9 @@ SWITCH_INTERVAL_S = 0.0005
 class Carrier(ABC):
     """Carries what a session wants to its core, and the core's news to the session."""
 
+    on_any_thread = False
+    """Whether `post` may be said on any thread; else on the session's alone."""
+
     @abstractmethod
     def post(self, event: Any) -> None:
         """Hand an event to the core, soon; to one that has ended, nothing."""
@@ -138,6 +141,8 @@ class Machine:
 
 class Driver(Carrier):
     """Runs `core` on connections to `address`: on a thread of its own, and on the trainer's while that waits."""
+
+    on_any_thread = True
 
     def __init__(
         self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial

@@ -42,7 +42,8 @@ from worker.choosing import Choice
 from worker.core import PullWanted, WorkerCore
 from worker.diversity import Gradients, Meter
 from worker.driver import Machine
-from worker.vectors import HostVectors, Start, rule_facts
+from worker.on_device import vectors_of
+from worker.vectors import Start, rule_facts
 
 NAME_CHARACTERS = 64
 PATIENCE_S = 10.0
@@ -119,7 +120,10 @@ class _InFlight:
 
 
 class Session:
-    """A worker's place at a server. Made by `join`; a context manager that says Bye."""
+    """A worker's place at a server. Made by `join`; a context manager that says Bye.
+
+    device: where its vectors are, to try the ways of a device out; None: where the model is, as `vectors_of` says.
+    """
 
     def __init__(
         self,
@@ -131,6 +135,7 @@ class Session:
         group: int | None = None,
         connect_timeout_s: float = 30.0,
         machine: Machine | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if name is not None and not 0 < len(name) <= NAME_CHARACTERS:
             raise UsageError(f"A worker's name has 1 to {NAME_CHARACTERS} characters, not {len(name)}.")
@@ -140,7 +145,7 @@ class Session:
         self._layout = layout_of(model)
         if len(self._layout.describe()) > PAYLOAD_BYTES:
             raise UsageError(f"The model has {len(self._layout.tensors):,} tensors; their names do not fit a message.")
-        self._vectors = HostVectors(Binding(model, self._layout))
+        self._vectors = vectors_of(Binding(model, self._layout), device)
         self._base: Version = NOWHERE
         self._in_flight: _InFlight | None = None
         self._progress = Progress()
@@ -560,6 +565,7 @@ class Session:
     # News
 
     def _take_news(self) -> None:
+        self._vectors.check()
         while (news := self._driver.news()) is not None:
             self._take(news)
 
@@ -634,6 +640,7 @@ class Session:
                 told = True
                 log.warning("still waiting for %s from %s", what, self._address)
             self._take(self._driver.news(min(1.0, math.inf if timeout_s is None else timeout_s - waited)))
+            self._vectors.check()
             if self._left:
                 return
 
@@ -646,6 +653,7 @@ class Session:
                 break
         self._left = True
         self._driver.close(timeout_s)
+        self._vectors.close()
 
 
 def _facts(optimizer: torch.optim.Optimizer) -> Optimizer:

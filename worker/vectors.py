@@ -93,6 +93,14 @@ class Vectors(ABC):
         """Its values, to be read."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing will be worked out any more."""
+
+    @abstractmethod
     def push(self, carrier: Carrier, up: Plan, scalars: Scalars, base: Version, fragment: int, key: int) -> None:
         """Encode the update that was worked out, and have it sent; raises CodecError where that cannot be."""
 
@@ -247,6 +255,12 @@ class HostVectors(Vectors):
 
     def _in_host_memory(self, vector: F32) -> F32:
         return vector
+
+    def check(self) -> None:
+        """There is no background."""
+
+    def close(self) -> None:
+        """Nothing is to be given back."""
 
     def push(self, carrier: Carrier, up: Plan, scalars: Scalars, base: Version, fragment: int, key: int) -> None:
         """Block by block, while the first chunks are on their way."""

@@ -71,10 +71,13 @@ class Device(NamedTuple):
 
     encode(x, key)      x: (n,) float32 -> (encoded_bytes(n),) uint8
     decode(data, n)     data: (encoded_bytes(n),) uint8, as checked -> (n,) float32
+
+    together: they also take many blocks of one length at once, x: (blocks, n) and data: (blocks, encoded_bytes(n)).
     """
 
     encode: Callable[[Tensor, int], Tensor]
     decode: Callable[[Tensor, int], Tensor]
+    together: bool = False
 
 
 class Parameter(NamedTuple):

@@ -122,7 +122,7 @@ def error_bound_at_random(x: F32) -> F32:
 
 def device_encode(x: Tensor, key: int) -> Tensor:
     tensors.require_finite(x)
-    return tensors.as_bytes(x.clamp(-LARGEST, LARGEST).bfloat16())
+    return tensors.as_bytes(x.clamp(-LARGEST, LARGEST).bfloat16(), blocks=x.shape[:-1])
 
 
 def device_encode_at_random(x: Tensor, key: int) -> Tensor:
@@ -138,7 +138,7 @@ def device_encode_at_random(x: Tensor, key: int) -> Tensor:
 def device_decode(data: Tensor, n: int) -> Tensor:
     import torch
 
-    return data.view(torch.bfloat16).float()
+    return data.contiguous().view(torch.bfloat16).float()
 
 
 def _read(text: str) -> bool:
@@ -182,7 +182,7 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=error_bound,
-    device=Device(device_encode, device_decode),
+    device=Device(device_encode, device_decode, together=True),
     parameters=(Parameter("rounding", False, _read, f"{NEAREST} or {STOCHASTIC}", STOCHASTIC, _write),),
     make=make,
     seamless=True,

@@ -149,16 +149,16 @@ def make(group: int) -> Codec:
         rounded = ((bits + HALF_BUT_ONE + (bits >> 23 & 1)) >> 23) - FIRST_EXPONENT
         codes = rounded.clamp(min=1).where(ratio > float(FIRST_MIDPOINT), rounded.new_zeros(()))
         codes = codes | ((codes > 0) & (rows < 0)).to(torch.int32) << 3
-        return tensors.as_bytes(scale, tensors.pack(codes.view(-1)[: x.numel()], 4))
+        return tensors.as_bytes(scale, tensors.pack(tensors.ungrouped(codes, x.shape), 4), blocks=x.shape[:-1])
 
     def device_decode(data: Tensor, n: int) -> Tensor:
         import torch
 
-        scale = data[: split(n)].view(torch.float32)
-        codes = tensors.unpack(data[split(n) :], 4, n).to(torch.int32)
+        scale = tensors.floats(data[..., : split(n)])
+        codes = tensors.unpack(data[..., split(n) :], 4, n).to(torch.int32)
         exponents = (codes & 7) + FIRST_EXPONENT << 23
         factors = (exponents.where(codes & 7 > 0, exponents.new_zeros(())) | (codes & 8) << 28).view(torch.float32)
-        return (tensors.groups(factors, group) * scale[:, None]).view(-1)[:n]
+        return tensors.ungrouped(tensors.groups(factors, group) * scale.view(-1, 1), codes.shape)
 
     return Codec(
         name="e3m0",
@@ -176,7 +176,7 @@ def make(group: int) -> Codec:
         check=check,
         decode=decode,
         error_bound=error_bound,
-        device=Device(device_encode, device_decode),
+        device=Device(device_encode, device_decode, together=True),
         parameters=(group_parameter(GROUP),),
         make=make,
     )

@@ -98,13 +98,13 @@ def error_bound(x: F32) -> F32:
 
 def device_encode(x: Tensor, key: int) -> Tensor:
     tensors.require_finite(x)
-    return tensors.as_bytes(x.clamp(-LARGEST_HALF, LARGEST_HALF).half())
+    return tensors.as_bytes(x.clamp(-LARGEST_HALF, LARGEST_HALF).half(), blocks=x.shape[:-1])
 
 
 def device_decode(data: Tensor, n: int) -> Tensor:
     import torch
 
-    return data.view(torch.float16).float()
+    return data.contiguous().view(torch.float16).float()
 
 
 CODEC = Codec(
@@ -123,7 +123,7 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=error_bound,
-    device=Device(device_encode, device_decode),
+    device=Device(device_encode, device_decode, together=True),
     seamless=True,
     add=add,
 )

@@ -69,13 +69,11 @@ def add(data: U8, c: F32, weight: np.float32, out: F32, size: int) -> bool:
 
 def device_encode(x: Tensor, key: int) -> Tensor:
     tensors.require_finite(x)
-    return tensors.as_bytes(x)
+    return tensors.as_bytes(x, blocks=x.shape[:-1])
 
 
 def device_decode(data: Tensor, n: int) -> Tensor:
-    import torch
-
-    return data.view(torch.float32).clone()
+    return tensors.floats(data).clone()
 
 
 CODEC = Codec(
@@ -94,7 +92,7 @@ CODEC = Codec(
     check=check,
     decode=decode,
     error_bound=np.zeros_like,
-    device=Device(device_encode, device_decode),
+    device=Device(device_encode, device_decode, together=True),
     seamless=True,
     view=lambda data: data.view(np.float32),
     open=open_,

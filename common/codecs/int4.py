@@ -123,14 +123,14 @@ def make(group: int) -> Codec:
         rows = tensors.groups(x, group)
         scale = tensors.scales(rows.abs().amax(1, keepdim=True), 7.0, float(LARGEST_SCALE))
         codes = tensors.divided(rows, scale).round().to(torch.int8) & 15
-        return tensors.as_bytes(scale, tensors.pack(codes.view(-1)[: x.numel()], 4))
+        return tensors.as_bytes(scale, tensors.pack(tensors.ungrouped(codes, x.shape), 4), blocks=x.shape[:-1])
 
     def device_decode(data: Tensor, n: int) -> Tensor:
         import torch
 
-        scale = data[: split(n)].view(torch.float32)
-        codes = (tensors.unpack(data[split(n) :], 4, n).to(torch.int32) ^ 8) - 8
-        return (tensors.groups(codes.float(), group) * scale[:, None]).view(-1)[:n]
+        scale = tensors.floats(data[..., : split(n)])
+        codes = (tensors.unpack(data[..., split(n) :], 4, n).to(torch.int32) ^ 8) - 8
+        return tensors.ungrouped(tensors.groups(codes.float(), group) * scale.view(-1, 1), codes.shape)
 
     return Codec(
         name="int4",
@@ -148,7 +148,7 @@ def make(group: int) -> Codec:
         check=check,
         decode=decode,
         error_bound=error_bound,
-        device=Device(device_encode, device_decode),
+        device=Device(device_encode, device_decode, together=True),
         parameters=(group_parameter(GROUP),),
         make=make,
     )

@@ -148,13 +148,13 @@ def make(group: int) -> Codec:
         rows = tensors.groups(x, group)
         scale = tensors.scales(rows.abs().amax(1, keepdim=True), 127.0, float(LARGEST_SCALE))
         codes = tensors.divided(rows, scale).round().to(torch.int8)
-        return tensors.as_bytes(scale, codes.view(-1)[: x.numel()])
+        return tensors.as_bytes(scale, tensors.ungrouped(codes, x.shape), blocks=x.shape[:-1])
 
     def device_decode(data: Tensor, n: int) -> Tensor:
         import torch
 
-        scale, codes = data[: split(n)].view(torch.float32), data[split(n) :].view(torch.int8)
-        return (tensors.groups(codes.float(), group) * scale[:, None]).view(-1)[:n]
+        scale, codes = tensors.floats(data[..., : split(n)]), data[..., split(n) :].view(torch.int8)
+        return tensors.ungrouped(tensors.groups(codes.float(), group) * scale.view(-1, 1), codes.shape)
 
     return Codec(
         name="int8",
@@ -172,7 +172,7 @@ def make(group: int) -> Codec:
         check=check,
         decode=decode,
         error_bound=error_bound,
-        device=Device(device_encode, device_decode),
+        device=Device(device_encode, device_decode, together=True),
         add=add,
         parameters=(group_parameter(GROUP),),
         make=make,

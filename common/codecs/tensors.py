@@ -7,6 +7,7 @@ Laws
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.codecs.base import (
@@ -28,10 +29,16 @@ def require_finite(x: Tensor) -> None:
 
 
 def groups(x: Tensor, group: int) -> Tensor:
-    """(n,) -> (groups, group), the last one filled up with zeros."""
+    """(n,) or (blocks, n) -> (groups, group), the last one of each block filled up with zeros."""
     import torch
 
-    return torch.cat([x, x.new_zeros(-x.numel() % group)]).view(-1, group)
+    missing = -x.shape[-1] % group
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).reshape(-1, group)
+
+
+def ungrouped(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `groups`, for what x of that shape became."""
+    return rows.view(*shape[:-1], -1)[..., : shape[-1]]
 
 
 def lengths(n: int, group: int, device: Any) -> Tensor:
@@ -55,15 +62,16 @@ def divided(x: Tensor, scale: Tensor) -> Tensor:
     return x / safe
 
 
-def as_bytes(*parts: Tensor) -> Tensor:
-    """One after the other, as bytes."""
+def as_bytes(*parts: Tensor, blocks: Sequence[int] = ()) -> Tensor:
+    """One after the other, as bytes; of each block, where there are so many: (*blocks, bytes of one)."""
     import torch
 
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    return torch.cat([part.contiguous().view(*blocks, -1).view(torch.uint8) for part in parts], -1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """(n,) codes below 2^bits -> bytes, the first code in the lowest bits, the last byte filled up with zeros."""
+    """(n,) or (blocks, n) codes below 2^bits -> bytes, the first code in the lowest bits, the last byte of each block
+    filled up with zeros."""
     import torch
 
     per_byte = 8 // bits
@@ -71,12 +79,19 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     found = torch.zeros_like(rows[:, 0])
     for place in range(per_byte):
         found |= rows[:, place] << bits * place
-    return found
+    return found.view(*codes.shape[:-1], -1)
 
 
 def unpack(data: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack`: (n,) uint8."""
+    """The inverse of `pack`: (n,) or (blocks, n) uint8."""
     import torch
 
     parts = [data >> bits * place & (1 << bits) - 1 for place in range(8 // bits)]
-    return torch.stack(parts, 1).view(-1)[:n]
+    return torch.stack(parts, -1).view(*data.shape[:-1], -1)[..., :n]
+
+
+def floats(data: Tensor) -> Tensor:
+    """Bytes, of one block or of many, as the float32 that they are."""
+    import torch
+
+    return data.contiguous().view(torch.float32)

@@ -12,6 +12,7 @@ Laws
 * All hidden state is declared: arrays of the vector's length for the rule (`state`) and for each session
   (`session`), as named tuples, zero when made. They go into the checkpoint as they are.
 * Randomness and I/O do not occur here; time is an argument: seconds of training so far, over all lives of the server.
+* The worker half takes torch's tensors as well (`for_kernels`), wherever they lie, and gives the same bits.
 
 A rule file offers one value, `RULE`. Its header gives the paper, the equations, the symbols, and what it leaves out.
 """
@@ -58,6 +59,7 @@ __all__ = [
     "changes_center",
     "computes",
     "delta",
+    "for_kernels",
     "kernel",
     "merge_reply",
     "perform",
@@ -351,9 +353,19 @@ def perform(
 # Shared parts: what most rules do.
 
 
+def for_kernels(x: Floats) -> bool:
+    """Whether x is numpy's, so that a kernel takes it. On a tensor the same operations are done as operators, one
+    after the other: each rounds as it does in the kernel."""
+    return isinstance(x, np.ndarray)
+
+
 def delta(config: Config, x: Floats, anchor: Floats, out: Floats) -> None:
     """D = x - anchor: the progress since the last merge."""
-    np.subtract(x, anchor, out=out)
+    if for_kernels(x):
+        np.subtract(x, anchor, out=out)
+    else:
+        out[:] = x
+        out -= anchor
 
 
 def merge_reply(config: Config, x: Floats, reply: Floats) -> None:

@@ -37,7 +37,19 @@ from numpy.typing import DTypeLike
 from pydantic import Field
 
 from common.rules import base, rounds
-from common.rules.base import Accumulate, Arrays, Config, Effect, Facts, Floats, Member, Rule, Terms, kernel
+from common.rules.base import (
+    Accumulate,
+    Arrays,
+    Config,
+    Effect,
+    Facts,
+    Floats,
+    Member,
+    Rule,
+    Terms,
+    for_kernels,
+    kernel,
+)
 
 Decisions: TypeAlias = dict[str, Any]
 """{"fragments": [a round for each], "due_s": when a tick is wanted, or None}."""
@@ -90,8 +102,12 @@ def merge(config: Diloco, x: Floats, reply: Floats) -> None:
     """x <- alpha x + (1 - alpha) c."""
     if config.alpha == 0.0:
         x[:] = reply
-    else:
+    elif for_kernels(x):
         _mix(x, reply, x.dtype.type(config.alpha))
+    else:
+        x -= reply
+        x *= config.alpha
+        x += reply
 
 
 @kernel

@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.rules import elastic
-from common.rules.base import Floats, OptimizerFacts, kernel
+from common.rules.base import Floats, OptimizerFacts, for_kernels, kernel
 from common.rules.elastic import Elastic
 
 
@@ -58,7 +58,11 @@ def accept(config: Eamsgd, optimizer: OptimizerFacts) -> str | None:
 
 def point(config: Eamsgd, x: Floats, m: Floats, optimizer: OptimizerFacts) -> None:
     """x <- y + delta lr buf: from the model's parameters y, (n,), and torch's momentum buffer m, (n,)."""
-    _point(x, m, x.dtype.type(optimizer.momentum * optimizer.lr))
+    scale = optimizer.momentum * optimizer.lr
+    if for_kernels(x):
+        _point(x, m, x.dtype.type(scale))
+    else:
+        x += m * scale
 
 
 RULE = elastic.rule(

@@ -58,6 +58,7 @@ from common.rules.base import (
     Rule,
     Terms,
     allocate_rows,
+    for_kernels,
     kernel,
 )
 
@@ -126,11 +127,15 @@ def update(config: Lsgd, x: Floats, anchor: Floats, out: Floats) -> None:
 def pull(config: Lsgd, x: Floats, source: str, leader: Floats) -> None:
     """x <- x + lambda (leader - x)."""
     strength = config.lambda_local if source == LOCAL else config.lambda_global
-    real = x.dtype.type
-    if strength >= 0.5:
-        _pull_far(x, leader, real(1.0 - strength))
-    elif strength > 0.0:  # at 0 not even the sign of a zero changes
-        _pull(x, leader, real(strength))
+    if strength == 0.0:  # not even the sign of a zero changes
+        return
+    if not for_kernels(x):
+        away = leader - x
+        x[:] = leader - away * (1.0 - strength) if strength >= 0.5 else x + away * strength
+    elif strength >= 0.5:
+        _pull_far(x, leader, x.dtype.type(1.0 - strength))
+    else:
+        _pull(x, leader, x.dtype.type(strength))
 
 
 # Decisions. D = {"workers": {name: worker}, "granted": ticks of this round, "round", "uploads": {name: group} that are

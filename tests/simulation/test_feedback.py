@@ -38,6 +38,8 @@ def silent(level: str, sentence: str) -> None:
 class Trainer(Inhabitant):
     """Adds made-up progress to a model and pushes it, once a step."""
 
+    steps = STEPS
+
     def __init__(self, ether: Ether, number: int) -> None:
         self.model = torch.nn.Linear(100, 70)
         for parameter in self.model.parameters():
@@ -49,9 +51,8 @@ class Trainer(Inhabitant):
         self.machine = Machine("here", number, f"{self.name}-0", self._carry, lambda: ether.world.now)
 
     def live(self) -> None:
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.session = join(ADDRESS, self.model, optimizer, name=self.name, machine=self.machine)
-        for _ in range(STEPS):
+        self.session = self.join(torch.optim.SGD(self.model.parameters(), lr=0.1))
+        for _ in range(self.steps):
             self.fiber.sleep(STEP_S * (1 + 0.46 * self._number))
             d, refused = self.train(), self.session.exchanges.rejected
             self.session.step(1.0, samples=1)
@@ -60,6 +61,9 @@ class Trainer(Inhabitant):
         assert self.session.flush(600.0)
         self.done()
         self.session.close()
+
+    def join(self, optimizer: torch.optim.Optimizer) -> Session:
+        return join(ADDRESS, self.model, optimizer, name=self.name, machine=self.machine)
 
     def done(self) -> None:
         """All is pushed and settled, and the session is still there."""
