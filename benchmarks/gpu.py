@@ -1,13 +1,14 @@
 """A model on a CUDA device: encoding there, the way to the host and back, and how long training waits for exchanges.
 
     device copy        y <- x on the device: what the others are compared with
-    int8 encode        by groups of 1024 on the device, in plain torch: what encoding before the copy would cost
-    gather, scatter    what the SDK does: the model's tensors <-> one vector in host memory
-    pinned             the same way down by blocks through two pinned buffers on a stream of their own
+    int8 encode        as the SDK encodes an update on the device
+    gather, scatter    the model's tensors <-> one vector on the device
+    down, up           that vector <-> host memory, as the SDK has bytes come and go: pinned, on a stream of its own
+    pageable           the model's tensors -> a vector in host memory, as a model has it that lies on several devices
     SDK                training steps of a model as large as ResNet-50, with `session.step`, against a plain loop
 
 GB/s counts what each reads and writes on the device. `stalled percent` is the share of the training time that
-`session.step` waited for the server. Checked: what arrives is what was sent; int8 is off by half a step at most.
+`session.step` waited for the server. Checked: what arrives is what was sent; the bytes of int8 are those of the host.
 
 Needs a CUDA device, and says so where there is none. Left out: several workers on one device.
 """
@@ -29,13 +30,20 @@ from torch import Tensor, nn
 from benchmarks import harness, players
 from benchmarks.harness import Benchmark, BenchmarkError, Case, Competitor
 from benchmarks.players import MB, Way
+from common import chunks_on_device
 from common.binding import Binding, layout_of
 from common.buffers import zeros
-from worker import Session, join
+from common.chunks import CHUNK_BYTES, plan
+from common.layout import Layout
+from common.layout import Tensor as Shape
+from worker import Session
+from worker.lanes import lane_of
+from worker.on_device import PIECE_CHUNKS
 
 COPY, PLAIN = "device copy", "plain loop"
-GROUP, LEVELS = 1024, 127.0
-BLOCK_ELEMENTS = 4 * MB
+CPU = torch.device("cpu")
+TENSORS = 100
+PIECE_BYTES = PIECE_CHUNKS * CHUNK_BYTES
 LAYERS, WIDTH, BATCH = 25, 1000, 256
 """25 million parameters, as ResNet-50 has."""
 EXCHANGES = ({"local_steps": 1, "overlap": True}, {"local_steps": 8, "overlap": True})
@@ -64,15 +72,17 @@ def measure(
     json_file: Any = None,
 ) -> None:
     """All of it on that device. shape: (layers, width, batch) of the model that is trained."""
-    elements = size_mb * MB // 4 // GROUP * GROUP
+    elements = size_mb * MB // 4
     size = 4 * elements
     copies = harness.measure(
         [
             Case(COPY, size, 2 * size, True, partial(_copied, device, elements)),
             Case("int8 encode", size, size + size // 4, False, partial(_encoded, device, elements)),
-            Case("gather", size, size, False, partial(_bound, device, elements, True)),
-            Case("scatter", size, size, False, partial(_bound, device, elements, False)),
-            Case("pinned, two buffers", size, size, False, partial(_pinned, device, elements)),
+            Case("gather", size, 2 * size, False, partial(_gathered, device, device, elements)),
+            Case("scatter", size, 2 * size, False, partial(_scattered, device, elements)),
+            Case("down", size, size, False, partial(_down, device, elements)),
+            Case("up", size, size, False, partial(_up, device, elements)),
+            Case("pageable", size, size, False, partial(_gathered, device, CPU, elements)),
         ],
         rounds,
     )
@@ -138,75 +148,73 @@ def void(result: object) -> None:
     """Nothing, of what only its doing was wanted."""
 
 
-def int8(x: Tensor, q: Tensor, scales: Tensor) -> None:
-    """q, scales <- x: (groups, GROUP) float32, (groups, GROUP) int8, (groups, 1) float32."""
-    torch.amax(x.abs(), 1, keepdim=True, out=scales)
-    scales /= LEVELS
-    q.copy_(torch.round(x / scales.clamp_min(torch.finfo(torch.float32).tiny)))
-
-
 @contextmanager
 def _encoded(device: torch.device, elements: int) -> Iterator[Competitor]:
-    x = _values(device, elements).view(-1, GROUP)
-    q = torch.zeros(x.shape, dtype=torch.int8, device=device)
-    scales = torch.zeros(len(x), 1, device=device)
+    x = _values(device, elements)
+    up = plan(Layout((Shape("x", (elements, 1), "float32", "parameter"),)), "int8")
+    data = torch.zeros(up.bytes, dtype=torch.uint8, device=device)
 
     def verify() -> None:
-        _require(((q * scales - x).abs() <= 0.501 * scales).all(), "What was encoded")
+        known = np.zeros(up.bytes, np.uint8)
+        up.encode(x.cpu().numpy(), known)
+        _require(np.array_equal(data.cpu().numpy(), known), "What was encoded")
 
-    yield _timed(device, lambda: int8(x, q, scales), verify)
+    yield _timed(device, lambda: chunks_on_device.encode(up, x, data), verify)
+
+
+def _model(device: torch.device, elements: int) -> Binding:
+    """Bound tensors that hold `_values`."""
+    model = nn.ParameterList([nn.Parameter(part) for part in _values(device, elements).tensor_split(TENSORS)])
+    return Binding(model, layout_of(model))
 
 
 @contextmanager
-def _bound(device: torch.device, elements: int, down: bool) -> Iterator[Competitor]:
-    """The SDK's own way between a model and the vector that is exchanged."""
-    model = nn.ParameterList([nn.Parameter(part) for part in _values(device, elements).tensor_split(100)])
-    binding, flat = Binding(model, layout_of(model)), zeros(elements, np.float32)
-    if down:
-        work = partial(binding.gather, flat)
-    else:
-        binding.gather(flat)
-        flat += 1.0
-        work = partial(binding.scatter, flat)
+def _gathered(device: torch.device, target: torch.device, elements: int) -> Iterator[Competitor]:
+    binding, flat = _model(device, elements), torch.zeros(elements, device=target)
+    known = _values(device, elements).cpu()
+    yield _timed(device, lambda: binding.gather(flat), lambda: _require(torch.equal(flat.cpu(), known), "The vector"))
+
+
+@contextmanager
+def _scattered(device: torch.device, elements: int) -> Iterator[Competitor]:
+    binding, flat = _model(device, elements), _values(device, elements) + 1.0
 
     def verify() -> None:
-        seen = zeros(elements, np.float32)
+        seen = torch.zeros_like(flat)
         binding.gather(seen)
-        _require(np.array_equal(seen, flat), "The model")
+        _require(torch.equal(seen, flat), "The model")
 
-    yield _timed(device, work, verify)
+    yield _timed(device, lambda: binding.scatter(flat), verify)
 
 
 @contextmanager
-def _pinned(device: torch.device, elements: int) -> Iterator[Competitor]:
-    x, flat = _values(device, elements), torch.from_numpy(zeros(elements, np.float32))
-    pinned = device.type == "cuda"
-    buffers = [torch.zeros(min(BLOCK_ELEMENTS, elements), pin_memory=pinned) for _ in range(2)]
-    stream = torch.cuda.Stream(device) if pinned else None
-
-    def fetch(first: int, index: int) -> Any:
-        part = x[first : first + BLOCK_ELEMENTS]
-        if stream is None:
-            buffers[index][: len(part)].copy_(part)
-            return None
-        with torch.cuda.stream(stream):
-            buffers[index][: len(part)].copy_(part, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(stream)
-        return arrived
+def _down(device: torch.device, elements: int) -> Iterator[Competitor]:
+    """In pieces, each of which could be sent once it is there."""
+    lane, x = lane_of(device), _values(device, elements).view(torch.uint8)
+    landing = lane.landing(zeros(len(x), np.uint8))
 
     def work() -> None:
-        """While one buffer is filled, the other is emptied."""
-        waiting = fetch(0, 0)
-        for index, first in enumerate(range(0, elements, BLOCK_ELEMENTS)):
-            if waiting is not None:
-                waiting.synchronize()
-            if first + BLOCK_ELEMENTS < elements:
-                waiting = fetch(first + BLOCK_ELEMENTS, (index + 1) % 2)
-            part = flat[first : first + BLOCK_ELEMENTS]
-            part.copy_(buffers[index % 2][: len(part)])
+        with lane.aside():
+            pieces = zip(landing.split(PIECE_BYTES), x.split(PIECE_BYTES), strict=True)
+            arrivals = [lane.copy(there, here) for there, here in pieces]
+        for arrival in arrivals:
+            arrival.synchronize()
 
-    yield _timed(device, work, lambda: _require(torch.equal(x.cpu(), flat), "What arrived"))
+    yield _timed(device, work, lambda: _require(torch.equal(x.cpu(), landing), "What arrived"))
+
+
+@contextmanager
+def _up(device: torch.device, elements: int) -> Iterator[Competitor]:
+    lane, x = lane_of(device), torch.zeros(elements, device=device)
+    values = lane.host_vector(elements)
+    values[:] = _values(CPU, elements).numpy()
+
+    def work() -> None:
+        with lane.aside():
+            lane.copy(x, torch.from_numpy(values))
+        lane.join()
+
+    yield _timed(device, work, lambda: _require(np.array_equal(x.cpu().numpy(), values), "What arrived"))
 
 
 # Training
@@ -249,7 +257,7 @@ def _trained(
     pool_mib = max(players.pool_mib(sum(p.numel() for p in model.parameters()), 2), 64)
     with players.served(way, {**(settings or {}), "pool_mib": pool_mib}) as server:
         address = server.ready()
-        with join(address, model, optimizer, name="trainer") as session:
+        with Session(address, model, optimizer, name="trainer", device=device) as session:
 
             def verify() -> None:
                 _require(session.flush(), "The last push")

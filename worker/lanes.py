@@ -4,6 +4,7 @@
     lane.join()                 what it is told from here on comes after all that was told aside
     lane.copy(target, source)   between device and host memory, told aside; returns what to wait for
 
+    lane_of(device)
     CudaLane    a stream of its own beside the one that trains; host memory is pinned, so that copies need no processor
     CpuLane     torch's CPU device: everything is done when it was told. There to be tested, and to test with
 
@@ -30,8 +31,19 @@ from torch import Tensor
 
 from common.buffers import zeros
 from common.codecs.base import F32, U8
+from common.errors import UsageError
 
 log = logging.getLogger("paramserver.worker")
+
+
+def lane_of(device: torch.device) -> Lane:
+    """Raises UsageError for a device of another type."""
+    match device.type:
+        case "cuda":
+            return CudaLane(device)
+        case "cpu":
+            return CpuLane(device)
+    raise UsageError(f"There is no lane to a device of type {device.type}.", fix="Use one of type cuda or cpu.")
 
 
 class Arrival(Protocol):
@@ -96,24 +108,23 @@ class CudaLane(Lane):
 
     def landing(self, memory: U8) -> Tensor:
         """Where `memory` cannot be pinned, other memory of its size."""
-        if _pin(memory, self.device):
-            return torch.from_numpy(memory)
-        log.info("%.1f MiB of memory cannot be pinned: updates take one copy more", memory.nbytes / 2**20)
-        return torch.zeros(memory.size, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self.device):
+            if _pin(memory):
+                return torch.from_numpy(memory)
+            log.info("%.1f MiB of memory cannot be pinned: updates take one copy more", memory.nbytes / 2**20)
+            return torch.zeros(memory.size, dtype=torch.uint8, pin_memory=True)
 
     def reaches(self, vector: F32) -> bool:
         return torch.from_numpy(vector).is_pinned()
 
     def host_vector(self, length: int) -> F32:
-        found: F32 = torch.zeros(length, dtype=torch.float32, pin_memory=True).numpy()
+        with torch.cuda.device(self.device):
+            found: F32 = torch.zeros(length, pin_memory=True).numpy()
         return found
 
 
 class CpuLane(Lane):
     """No device at all, in the same words."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
 
     def aside(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -140,12 +151,12 @@ class _Arrived:
         return
 
 
-def _pin(memory: U8, device: torch.device) -> bool:
+def _pin(memory: U8) -> bool:
     """Have memory that torch did not make, such as memory shared with the server, pinned until it is gone."""
     cuda: Any = torch.cuda.cudart()
     if int(cuda.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
         weakref.finalize(memory, cuda.cudaHostUnregister, memory.ctypes.data).atexit = False
         return True
     with contextlib.suppress(RuntimeError):  # CUDA repeats a refusal to whoever asks next whether all is well
-        torch.zeros(1, device=device)
+        torch.zeros(1, device="cuda")
     return False

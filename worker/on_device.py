@@ -29,7 +29,7 @@ from common.codecs.base import F32, U8
 from common.messages import Scalars, Version
 from worker.core import Encoded, PushWanted
 from worker.driver import Carrier
-from worker.lanes import Arrival, CpuLane, CudaLane, Lane
+from worker.lanes import Arrival, Lane, lane_of
 from worker.vectors import HostVectors, Vectors
 
 PIECE_CHUNKS = 8
@@ -42,15 +42,15 @@ def vectors_of(binding: Binding, device: torch.device | None = None) -> Vectors:
 
     device: have them there, wherever the model is.
     """
-    lies = device or binding.device
-    if lies is None:
-        log.info("the model lies on several devices: its updates are worked out in host memory")
-    elif lies.type == "cuda":
-        return DeviceVectors(binding, CudaLane(lies))
-    elif device is not None and device.type == "cpu":
-        return DeviceVectors(binding, CpuLane())
-    elif lies.type != "cpu":
-        log.info("the model lies on a device of type %s: its updates are worked out in host memory", lies.type)
+    if device is not None:
+        return DeviceVectors(binding, lane_of(device))
+    match binding.device:
+        case None:
+            log.info("the model lies on several devices: its updates are worked out in host memory")
+        case torch.device(type="cuda"):
+            return DeviceVectors(binding, lane_of(binding.device))
+        case torch.device(type=kind) if kind != "cpu":
+            log.info("the model lies on a device of type %s: its updates are worked out in host memory", kind)
     return HostVectors(binding)
 
 

@@ -6,6 +6,7 @@ the same models and the same memories.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ RULES: dict[str, dict[str, Any]] = {
     "lsgd": {"rule": "lsgd", "workers": 2},
 }
 CODECS = ["fp32", "fp16", "bf16:stochastic", "int8", "ef:int8", "int4", "e3m0", "topk:0.05", "sign", "natural", "qsgd"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models as small as here, more would only be in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class OnHost(Trainer):

@@ -1,15 +1,18 @@
-"""Without a device it says so; its code path runs on the CPU; int8 on the device is int8."""
+"""Without a device it says so; its code path runs on the CPU, and notices what is wrong."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu
 from benchmarks.__main__ import main
+from benchmarks.harness import BenchmarkError
 from benchmarks.players import WAYS
 
 CPU = torch.device("cpu")
@@ -21,13 +24,18 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_int8_is_off_by_half_a_step_at_most_and_takes_zeros() -> None:
-    x = torch.randn(7, gpu.GROUP)
-    x[3] = 0.0
-    q, scales = torch.zeros(x.shape, dtype=torch.int8), torch.zeros(7, 1)
-    gpu.int8(x, q, scales)
-    assert ((q * scales - x).abs() <= 0.501 * scales).all()
-    assert int(q[0].abs().max()) == 127
+@pytest.mark.parametrize(
+    "opened",
+    [gpu._copied, gpu._encoded, partial(gpu._gathered, CPU), gpu._scattered, gpu._down, gpu._up],
+    ids=["copy", "int8", "gather", "scatter", "down", "up"],
+)
+def test_each_does_what_it_measures_and_would_say_if_not(opened: Any) -> None:
+    """Checked before anything is done, it fails."""
+    with opened(CPU, 300_001) as competitor:
+        with pytest.raises(BenchmarkError, match="not what it should be"):
+            competitor.verify()
+        assert competitor.round() > 0.0
+        competitor.verify()
 
 
 @pytest.mark.slow
@@ -41,9 +49,11 @@ def test_its_code_path_runs_on_the_cpu(tmp_path: Path) -> None:
         "int8 encode",
         "gather",
         "scatter",
-        "pinned, two buffers",
+        "down",
+        "up",
+        "pageable",
         "plain loop",
         "SDK, H = 1, overlap, ipc",
         "SDK, H = 8, overlap, ipc",
     ]
-    assert all("stalled_percent" in row["also"] for row in rows[6:])
+    assert all("stalled_percent" in row["also"] for row in rows[8:])
