@@ -335,7 +335,8 @@ class Daemon:
             self._handle(Received(*message))
         if line.ended:
             self._loop.remove_reader(line.fileno())
-        self._readable()
+        if self._endpoint.overlooked:
+            self._readable()
 
     def _unshare(self, peer: bytes) -> None:
         mine, line = self._shared.pop(peer, (None, None))

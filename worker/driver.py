@@ -217,7 +217,7 @@ class Driver(Carrier):
         try:
             while True:
                 with self._wheel:
-                    if not (self._news or self._over) and (waited or self._endpoint.readable):
+                    if not (self._news or self._over) and (waited or self._endpoint.overlooked):
                         self._drive(self._turn)
                 now = time.monotonic()
                 if self._news or self._over or now >= end:
@@ -269,7 +269,7 @@ class Driver(Carrier):
         except Exception as error:
             self._error = error
         self._due = self._core.deadline() or 0.0
-        if self._endpoint.readable:  # sending may have used up what the descriptor had to tell
+        if self._endpoint.overlooked:  # sending may have used up what the descriptor had to tell
             self._call()
         self._interrupts.release()
 

@@ -110,20 +110,22 @@ class SharingEndpoint:
         return refusal
 
     @property
-    def readable(self) -> bool:
-        """Whether ZeroMQ has a message; of a line its descriptor tells."""
-        return self._kept is not None or self._sockets.readable
+    def overlooked(self) -> bool:
+        """Whether there is anything to receive, or released, of which no descriptor may tell: this end has sent since.
+        Wait for descriptors only where it is not."""
+        return self._kept is not None or bool(self._released) or self._sockets.overlooked
 
     def receive(self) -> Message | None:
         """The next message of a peer. A dialer's line is looked at, too; a listener's lines have `receive_from`."""
+        if (pointed := self.receive_from(SERVER)) is not None:
+            return pointed
         message, self._kept = self._kept or self._sockets.receive(), None
-        peer = SERVER if message is None else message[0]
-        if (shared := self._shared.get(peer)) is None:
+        if message is None or (shared := self._shared.get(message[0])) is None:
             return message
-        if (earlier := self._received(peer, shared)) is not None:
+        if (earlier := self._received(message[0], shared)) is not None:
             self._kept = message
             return earlier
-        if message is not None and len(message[1]) == 2 and len(message[1][1]) == _POINTER.size:
+        if len(message[1]) == 2 and len(message[1][1]) == _POINTER.size:
             message[1][1] = shared.found(message[1][1])
         return message
 
@@ -155,15 +157,15 @@ class SharingEndpoint:
     def wait(self, timeout_s: float, *, also: int) -> None:
         """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up. A dialer's.
 
-        Call it only after `receive` (or `readable`) has said that nothing is there: until then nobody is told of what
-        comes by ZeroMQ. It touches no socket, so that another thread may use this end meanwhile.
+        Call it only where nothing is `overlooked`. It touches no socket, so that another thread may use this end
+        meanwhile.
         """
         shared = self._shared.get(SERVER)
         line = [] if shared is None or shared.line is None or shared.line.ended else [shared.line.fileno()]
         poller = select.poll()
         for descriptor in (*self._sockets.descriptors, *line, also):
             poller.register(descriptor, select.POLLIN)
-        poller.poll(math.ceil(timeout_s * 1000))
+        self._sockets.woken([descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))])
 
     def lost(self) -> bool:
         """Whether a dialer's connection, or its line, broke since the last call."""

@@ -18,7 +18,7 @@ import os
 import re
 import socket as sockets
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class ZeroMQEndpoint:
         if not self._routes:
             self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         watched = [socket] if self._monitor is None else [socket, self._monitor]
+        self._quiet = False
+        """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
+        self._monitor_spoke = True
+        """Whether the monitor's descriptor was readable since it was last asked."""
         self.descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
         """Of which one becomes readable when a message, or a loss, may be there."""
 
@@ -69,6 +73,7 @@ class ZeroMQEndpoint:
         return self.descriptors[0]
 
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
+        self._quiet = False
         try:
             if self._routes:
                 self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
@@ -97,7 +102,13 @@ class ZeroMQEndpoint:
     @property
     def readable(self) -> bool:
         """Whether `receive` has something."""
-        return _readable(self._socket)
+        self._quiet = not _readable(self._socket)
+        return not self._quiet
+
+    @property
+    def overlooked(self) -> bool:
+        """Whether `receive` has something of which the descriptor may not tell. It costs nothing where all is quiet."""
+        return not self._quiet and self.readable
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         if not self.readable:
@@ -122,10 +133,14 @@ class ZeroMQEndpoint:
         """Whether any buffer is still being read."""
         return bool(self._trackers or self._released)
 
+    def woken(self, descriptors: Container[int]) -> None:
+        """Whoever waited for a dialer's `descriptors` found these readable."""
+        self._monitor_spoke |= self._monitor is not None and self.descriptors[-1] in descriptors
+
     def lost(self) -> bool:
-        """Whether a dialler's connection broke since the last call."""
-        broke = False
-        while self._monitor is not None and _readable(self._monitor):
+        """Whether a dialler's connection broke since the last call; to be told of `woken` before."""
+        broke, spoke, self._monitor_spoke = False, self._monitor_spoke, False
+        while spoke and self._monitor is not None and _readable(self._monitor):
             self._monitor.recv_multipart(zmq.NOBLOCK)
             broke = True
         return broke
