@@ -329,9 +329,10 @@ class Daemon:
         self._handle_and_receive(Attached(peer, wanted.session, wanted.connection, mine.data, mine.place))
 
     def _line_readable(self, peer: bytes, line: Line) -> None:
-        for _ in range(BATCH_MESSAGES):
-            if self._stopped.is_set() or (message := self._endpoint.receive_from(peer)) is None:
-                break
+        """Take one message: the next of all lines that have one come first, or whoever answers fast is served alone."""
+        if self._stopped.is_set():
+            return
+        if (message := self._endpoint.receive_from(peer)) is not None:
             self._handle(Received(*message))
         if line.ended:
             self._loop.remove_reader(line.fileno())
