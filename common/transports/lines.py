@@ -16,6 +16,7 @@ has to wake both: four changes of context for an exchange of small models, where
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import struct
@@ -113,8 +114,8 @@ def _new() -> socket.socket:
 
 
 def _address(mark: str) -> bytes:
-    """In Linux's abstract namespace, where names end with their sockets."""
-    return b"\0paramserver-" + mark.encode()
+    """In Linux's abstract namespace, where names end with their sockets, and everybody sees them, but not the mark."""
+    return b"\0paramserver-" + hashlib.sha256(mark.encode()).hexdigest()[:32].encode()
 
 
 def _is_of_this_user(connected: socket.socket) -> bool:

@@ -726,7 +726,7 @@ def test_nobody_is_let_in_who_does_not_greet(sharing: Sharing) -> None:
     door = Door(mark)
     assert door.take("anybody") is None
     earlier, silent = lines.dial(mark, "earlier"), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    silent.connect(b"\0paramserver-" + mark.encode())
+    silent.connect(lines._address(mark))
     wanted = lines.dial(mark, "wanted")
     assert earlier is not None
     assert wanted is not None
@@ -754,7 +754,7 @@ def test_another_user_is_sent_away(sharing: Sharing) -> None:
     try:
         assert lines.dial(mark, "greeting") is None, "whose door it is"
         caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        caller.connect(b"\0paramserver-" + mark.encode())
+        caller.connect(lines._address(mark))
         caller.send(b"greeting")
     finally:
         os.seteuid(0)
