@@ -3,6 +3,8 @@
 PYTHON     ?= python3
 DEMO_FLAGS ?= --workers 4 --task digits --rule gem --budget-updates 1200
 TEST_FLAGS ?=
+# Tests at one time: many of them wait, but each may start a server and several workers.
+PARALLEL   := -n auto --maxprocesses 4
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -20,7 +22,7 @@ demo: $(STAMP)  ## a server and four workers on a small data set, in under a min
 	$(BIN)/paramserver launch $(DEMO_FLAGS)
 
 test: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TEST_FLAGS)
 
 check: $(STAMP)  ## format, lint, types, and the commands in the docs
 	$(BIN)/ruff format --check .
@@ -39,7 +41,7 @@ slow: $(STAMP)  ## the slow tests only
 	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
 
 fuzz: $(STAMP)  ## 20,000 examples of bytes and of vectors for every codec: half an hour
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/unit/test_fuzz.py -k codecs --timeout 3600 $(TEST_FLAGS)
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/unit/test_fuzz.py -k codecs --timeout 3600 $(PARALLEL) $(TEST_FLAGS)
 
 rules: $(STAMP)  ## every rule with real processes, one worker killed, one late: 15 minutes
 	@mkdir -p runs

@@ -63,6 +63,8 @@ class Memory:
     """What its owner has of it. data: (size,) uint8."""
 
     data: U8
+    address: int
+    """Of `data`, in this process."""
     place: Place
 
     @classmethod
@@ -82,20 +84,20 @@ class Memory:
             raise StateError(f"{size / 2**20:,.1f} MiB cannot be shared: {error.strerror}.") from None
         mark = secrets.token_bytes(MARK_BYTES)
         mapped[:MARK_BYTES] = np.frombuffer(mark, np.uint8)
-        return cls(mapped[PAGE_BYTES:], Place(os.getpid(), descriptor, size, mark.hex()))
+        data = mapped[PAGE_BYTES:]
+        return cls(data, data.ctypes.data, Place(os.getpid(), descriptor, size, mark.hex()))
 
     def holds(self, buffer: Buffer) -> int | None:
         """Where in `data` the buffer begins; None where it does not lie in it."""
-        start = _address(buffer) - _address(self.data.data)
+        try:
+            start = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) - self.address
+        except (TypeError, ValueError):  # nobody may write there, or it is empty
+            return None
         return start if 0 <= start <= self.data.size - len(buffer) else None
 
     def withdraw(self) -> None:
         """Nobody can attach any more; whoever has it, and `data`, keep it. A second call is a defect."""
         os.close(self.place.descriptor)
-
-
-def _address(buffer: Buffer) -> int:
-    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
 
 
 class CannotAttach(ParamserverError):

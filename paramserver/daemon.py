@@ -31,6 +31,8 @@ from common.layout import Layout, Tensor, center_sha256
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick, Unsendable
 from common.rules.base import Facts, Member, reply_to, sum_of
 from common.shared import Memory
+from common.transports import lines
+from common.transports.lines import Line
 from paramserver.arrivals import Begin, End, Started, Stopped
 from paramserver.checkpoint import Directory, Loaded, fingerprint
 from paramserver.core import (
@@ -98,8 +100,8 @@ class Daemon:
         self._pool = KernelPool(threads, self._job_done, self._job_failed)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._attaching = ThreadPoolExecutor(1, thread_name_prefix="attach")
-        self._shared: dict[bytes, Memory] = {}
-        """By peer, what it reads its replies from."""
+        self._shared: dict[bytes, tuple[Memory, Line | None]] = {}
+        """By peer, what it reads its replies from, and the line to it."""
         try:
             epoch, loaded = self._recover(directory)
             self._log = RunLog(directory.path if directory else None, settings.max_log_mib << 20)
@@ -305,24 +307,44 @@ class Daemon:
         try:
             theirs = shared.attach(wanted.place, expect=wanted.update_bytes)
             mine = Memory.make(wanted.reply_bytes)
+            line = lines.dial(wanted.place.mark, mine.place.mark)
         except (shared.CannotAttach, StateError) as error:
             failed = Attached(wanted.peer, wanted.session, wanted.connection, None, None, str(error))
             self._loop.call_soon_threadsafe(self._handle_and_receive, failed)
         else:
-            self._loop.call_soon_threadsafe(self._attached, wanted, theirs, mine)
+            self._loop.call_soon_threadsafe(self._attached, wanted, theirs, mine, line)
 
-    def _attached(self, wanted: Attach, theirs: U8, mine: Memory) -> None:
+    def _attached(self, wanted: Attach, theirs: U8, mine: Memory, line: Line | None) -> None:
         if self._stopped.is_set():
             mine.withdraw()
+            if line is not None:
+                line.close()
             return
-        self._unshare(wanted.peer)
-        self._shared[wanted.peer] = mine
-        self._endpoint.share(wanted.peer, mine, (bytes.fromhex(wanted.place.mark), theirs))
-        self._handle_and_receive(Attached(wanted.peer, wanted.session, wanted.connection, mine.data, mine.place))
+        peer = wanted.peer
+        self._unshare(peer)
+        self._shared[peer] = mine, line
+        self._endpoint.share(peer, mine, (bytes.fromhex(wanted.place.mark), theirs), line)
+        if line is not None:
+            self._loop.add_reader(line.fileno(), self._line_readable, peer, line)
+        self._handle_and_receive(Attached(peer, wanted.session, wanted.connection, mine.data, mine.place))
+
+    def _line_readable(self, peer: bytes, line: Line) -> None:
+        """Take one message: the next of all lines that have one come first, or whoever answers fast is served alone."""
+        if self._stopped.is_set():
+            return
+        if (message := self._endpoint.receive_from(peer)) is not None:
+            self._handle(Received(*message))
+        if line.ended:
+            self._loop.remove_reader(line.fileno())
+        if self._endpoint.overlooked:
+            self._readable()
 
     def _unshare(self, peer: bytes) -> None:
+        mine, line = self._shared.pop(peer, (None, None))
+        if line is not None:
+            self._loop.remove_reader(line.fileno())
         self._endpoint.unshare(peer)
-        if (mine := self._shared.pop(peer, None)) is not None:
+        if mine is not None:
             mine.withdraw()
 
     def _fail(self, error: BaseException) -> None:

@@ -226,16 +226,20 @@ class Shard:
 
         return _over(up, work)
 
+    def tries(self, up: Plan) -> bool:
+        """Whether updates of this plan may be added before they are checked: then `trial_work` is worth asking for."""
+        return self._second is not None and up.verbatim
+
     def trial_work(self, up: Plan, update: U8, effects: Sequence[Effect], reply: Reply | None, out: U8) -> Work | None:
         """Add an update that nobody has checked: it may change while it is read. Where all that comes of it is finite,
         `adopt` makes that the center; else nothing has happened. None where that cannot be.
 
         update: (up.bytes,); out: (down.bytes,), written where there is a `reply`.
         """
-        added, second, plain = _only_added(self.rule, effects), self._second, 4 * self.layout.elements
-        if added is None or second is None or not up.verbatim or source_of(reply) not in (None, CENTER):
+        added, second, plain = _only_added(self.rule, effects), self._second, self.center.nbytes
+        if added is None or second is None or not self.tries(up) or source_of(reply) not in (None, CENTER):
             return None
-        if update[plain:].any():
+        if plain < up.bytes and update[plain:].any():
             return None
         d, copy = update[:plain].view(np.float32), _NOWHERE if reply is None else out[:plain].view(np.float32)
         out[plain : self.down.bytes] = 0

@@ -249,7 +249,8 @@ class Uplink:
         self._grant(session, begin.number, "refuse", 0, refusal.code, str(refusal))
 
     def _take_whole(self, session: Session, transfer: Transfer, push: Push) -> None:
-        if len(transfer.plan.chunks) == 1:
+        tried = transfer.begin.kind == "push" and self._state.hosted.shard.tries(transfer.plan)
+        if len(transfer.plan.chunks) == 1 and not tried:
             if self._take(session, transfer, 0, push.payload):
                 self._complete(session, transfer, push.scalars)
             return

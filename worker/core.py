@@ -304,6 +304,8 @@ class WorkerCore:
         self._optimizer = optimizer
         self._host = host
         self._group = group
+        self._longest_payload = max(wire.PAYLOAD_BYTES, 8 * layout.elements if layout else 0)
+        """In shared memory a reply comes whole."""
         self._plans: dict[tuple[str, int | None], Plan] = {}
         self._upload: Upload | None = None
         self._place: Place | None = None
@@ -417,11 +419,6 @@ class WorkerCore:
     @property
     def _beat_s(self) -> float:
         return min(self._lease_s / 6, 2.0)
-
-    @property
-    def _longest_payload(self) -> int:
-        """In shared memory a reply comes whole."""
-        return max(wire.PAYLOAD_BYTES, 8 * self._layout.elements if self._layout else 0)
 
     def plan(self, codec: str, fragment: int | None = None) -> Plan:
         """The plan of this model, or of one of its fragments, in a codec."""

@@ -38,8 +38,9 @@ from common.errors import CodecError, ParamserverError, StateError
 from common.messages import Place, Scalars, Version
 from common.node import Received, Say, Send, Tick
 from common.shared import Memory
-from common.transports import ZeroMQEndpoint
+from common.transports import SharingEndpoint
 from common.transports.base import SERVER
+from common.transports.lines import Door, Line
 from worker.core import (
     Attach,
     CannotAttach,
@@ -145,7 +146,7 @@ class Driver(Carrier):
     on_any_thread = True
 
     def __init__(
-        self, core: WorkerCore, address: str, *, dial: Callable[[str], ZeroMQEndpoint] = transports.dial
+        self, core: WorkerCore, address: str, *, dial: Callable[[str], SharingEndpoint] = transports.dial
     ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._core = core
@@ -165,7 +166,7 @@ class Driver(Carrier):
         self._due = 0.0
         """When the core wants a Tick, at the latest."""
         self._interrupts = Interrupts()
-        self._memory: Memory | None = None
+        self._offered: _Offered | None = None
         self._closed = False
         self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
@@ -176,16 +177,16 @@ class Driver(Carrier):
         if machine != shared.MACHINE or not machine:
             return super().staging(size, machine)
         try:
-            memory = Memory.make(size)
+            offered = _Offered.make(size)
         except StateError as error:
             log.warning("updates are sent in messages: %s", error)
             return super().staging(size, machine)
         with self._wheel:
-            unused, self._memory = (memory, None) if self._closed else (self._memory, memory)
+            unused, self._offered = (offered, None) if self._closed else (self._offered, offered)
         if unused is not None:
             unused.withdraw()
-        self.post(Staged(memory.place))
-        return memory.data
+        self.post(Staged(offered.memory.place))
+        return offered.memory.data
 
     def post(self, event: Any) -> None:
         """Hand an event to the core, at once where nobody else drives; to one that has ended, nothing."""
@@ -221,7 +222,7 @@ class Driver(Carrier):
         try:
             while True:
                 with self._wheel:
-                    if not (self._news or self._over) and (waited or self._endpoint.readable):
+                    if not (self._news or self._over) and (waited or self._endpoint.overlooked):
                         self._drive(self._turn)
                 now = time.monotonic()
                 if self._news or self._over or now >= end:
@@ -247,10 +248,10 @@ class Driver(Carrier):
         with self._wheel:
             self._endpoint.close()
             self._closed = True
-            memory, self._memory = self._memory, None
+            offered, self._offered = self._offered, None
         self._call()
-        if memory is not None:
-            memory.withdraw()
+        if offered is not None:
+            offered.withdraw()
 
     @property
     def _over(self) -> bool:
@@ -273,7 +274,7 @@ class Driver(Carrier):
         except Exception as error:
             self._error = error
         self._due = self._core.deadline() or 0.0
-        if self._endpoint.readable:  # sending may have used up what the descriptor had to tell
+        if self._endpoint.overlooked:  # sending may have used up what the descriptor had to tell
             self._call()
         self._interrupts.release()
 
@@ -322,5 +323,34 @@ class Driver(Carrier):
         except shared.CannotAttach as error:
             self._do(self._core.handle(CannotAttach(str(error)), time.monotonic()))
             return False
-        self._endpoint.share(SERVER, self._memory, (bytes.fromhex(place.mark), theirs))
+        memory, line = (self._offered.memory, self._offered.line(place)) if self._offered else (None, None)
+        self._endpoint.share(SERVER, memory, (bytes.fromhex(place.mark), theirs), line)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """What the server may share: the memory of updates, and the door at which it calls for a line."""
+
+    memory: Memory
+    door: Door | None
+
+    @classmethod
+    def make(cls, size: int) -> Self:
+        """For updates of so many bytes; raises StateError where there is no memory to share."""
+        memory = Memory.make(size)
+        try:
+            return cls(memory, Door(memory.place.mark))
+        except OSError as error:
+            log.warning("the server is reached by ZeroMQ alone, which takes longer: %s", error)
+            return cls(memory, None)
+
+    def line(self, theirs: Place) -> Line | None:
+        """To the server that has just told of its memory; None where it did not call."""
+        return self.door.take(theirs.mark) if self.door is not None else None
+
+    def withdraw(self) -> None:
+        """Nobody can attach, or call, any more. A second call is a defect."""
+        self.memory.withdraw()
+        if self.door is not None:
+            self.door.close()

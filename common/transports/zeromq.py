@@ -7,11 +7,6 @@ Laws
 * LINGER 0: what was queued for a connection dies with it. A DEALER that survived would hand the tail of an old
   transfer to a new server, so a worker that has doubts closes it and dials again.
 * ZeroMQ's heartbeats only reap dead TCP connections; leases are the cores' business.
-* Once memory is shared with a peer, a payload that lies in it is not sent: a pointer takes its place, which no payload
-  is taken for, since it bears the memory's random mark. Whoever sends one sees to it that what it points at stays until
-  the peer is done, for nothing tells when.
-
-    frames    header | payload          or, of a payload in shared memory:     header | pointer: mark, offset, length
 """
 
 from __future__ import annotations
@@ -19,23 +14,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import math
 import os
 import re
-import select
 import socket as sockets
-import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from common.codecs.base import U8
 from common.errors import NetworkError
 from common.messages import Buffer
-from common.shared import MARK_BYTES, Memory
+from common.transports.base import SERVER
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 128 * 1024
@@ -49,9 +40,6 @@ LET_GO_S = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
-POINT_BYTES = 16 * 1024
-"""Shorter payloads are sent, though they lie in shared memory: it costs no more."""
-_POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
 _plain_option: Any = zmq.backend.Socket.get
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _ANY_PORT = re.compile(r"^(tcp://.*):0$")
@@ -66,47 +54,30 @@ class ZeroMQEndpoint:
         self._routes = socket.type == zmq.ROUTER
         self._trackers: dict[int, list[zmq.MessageTracker]] = {}
         self._released: list[int] = []
-        self._mine: dict[bytes, Memory] = {}
-        """By peer, the memory that it reads."""
-        self._theirs: dict[bytes, tuple[bytes, memoryview]] = {}
-        """By peer, the memory that it writes, and its mark."""
         self._monitor: zmq.Socket[bytes] | None = None
         if not self._routes:
             self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         watched = [socket] if self._monitor is None else [socket, self._monitor]
-        self._descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
+        self._quiet = False
+        """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
+        self._monitor_spoke = True
+        """Whether the monitor's descriptor was readable since it was last asked."""
+        self.descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
+        """Of which one becomes readable when a message, or a loss, may be there."""
 
     @property
     def address(self) -> str:
         return self._address
 
     def fileno(self) -> int:
-        return self._descriptors[0]
-
-    def share(self, peer: bytes, mine: Memory | None, theirs: tuple[bytes, U8] | None) -> None:
-        """From now on `peer` reads payloads that lie in `mine` there, and this side its own in `theirs`: (mark, bytes).
-
-        None: as before.
-        """
-        if mine is not None:
-            self._mine[peer] = mine
-        if theirs is not None:
-            self._theirs[peer] = theirs[0], theirs[1].data
-
-    def unshare(self, peer: bytes) -> None:
-        """Payloads to and from `peer` travel in messages again."""
-        self._mine.pop(peer, None)
-        self._theirs.pop(peer, None)
+        return self.descriptors[0]
 
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
-        payload = frames[1] if len(frames) > 1 else b""
-        pointer = self._pointer(peer, payload)
-        if not pointer and len(payload) > PAYLOAD_BYTES:
-            return "the memory that it lies in is no longer shared"
+        self._quiet = False
         try:
             if self._routes:
                 self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
-            read_later = self._send(frames[0], payload, pointer)
+            read_later = self._send(frames[0], frames[1] if len(frames) > 1 else b"")
         except zmq.Again:
             return "the peer does not read"
         except zmq.ZMQError as error:
@@ -119,50 +90,32 @@ class ZeroMQEndpoint:
             self._released.append(hold)
         return ""
 
-    def _send(self, header: Buffer, payload: Buffer, pointer: bytes) -> zmq.MessageTracker | None:
+    def _send(self, header: Buffer, payload: Buffer) -> zmq.MessageTracker | None:
         """One message after its peer; what tells when the payload was read, where it was not copied."""
         if not payload:
             self._socket.send(header, zmq.NOBLOCK)
             return None
         self._socket.send(header, zmq.SNDMORE | zmq.NOBLOCK)
-        if pointer:
-            self._socket.send(pointer, zmq.NOBLOCK)
-            return None
         by_reference = len(payload) > COPY_BYTES
         return self._socket.send(payload, zmq.NOBLOCK, copy=not by_reference, track=by_reference)
-
-    def _pointer(self, peer: bytes, payload: Buffer) -> bytes:
-        """Where in shared memory the payload lies; empty where it is to be sent."""
-        memory = self._mine.get(peer)
-        if memory is None or len(payload) <= POINT_BYTES or (at := memory.holds(payload)) is None:
-            return b""
-        return _POINTER.pack(bytes.fromhex(memory.place.mark), at, len(payload))
 
     @property
     def readable(self) -> bool:
         """Whether `receive` has something."""
-        return _readable(self._socket)
+        self._quiet = not _readable(self._socket)
+        return not self._quiet
+
+    @property
+    def overlooked(self) -> bool:
+        """Whether `receive` has something of which the descriptor may not tell. It costs nothing where all is quiet."""
+        return not self._quiet and self.readable
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         if not self.readable:
             return None
         frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         buffers: list[Buffer] = [frame.buffer for frame in frames]
-        peer, buffers = (bytes(buffers[0]), buffers[1:]) if self._routes else (b"", buffers)
-        if len(buffers) == 2 and len(buffers[1]) == _POINTER.size and peer in self._theirs:
-            buffers[1] = self._pointed_at(peer, buffers[1])
-        return peer, buffers
-
-    def _pointed_at(self, peer: bytes, payload: Buffer) -> Buffer:
-        """What lies in a peer's memory, where the payload points at it; nothing where there is no such place, which the
-        core then refuses."""
-        shared, memory = self._theirs[peer]
-        mark, at, size = _POINTER.unpack(payload)
-        if mark != shared:
-            return payload
-        if size > len(memory) or at > len(memory) - size:
-            return b""
-        return memory[at : at + size]
+        return (bytes(buffers[0]), buffers[1:]) if self._routes else (SERVER, buffers)
 
     def released(self) -> list[int]:
         done, self._released = self._released, []
@@ -180,21 +133,14 @@ class ZeroMQEndpoint:
         """Whether any buffer is still being read."""
         return bool(self._trackers or self._released)
 
-    def wait(self, timeout_s: float, *, also: int) -> None:
-        """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up.
-
-        Call it only after `receive` (or `readable`) has said that nothing is there: until then nobody is told of what
-        comes. It touches no socket, so that another thread may use this end meanwhile.
-        """
-        poller = select.poll()
-        for descriptor in (*self._descriptors, also):
-            poller.register(descriptor, select.POLLIN)
-        poller.poll(math.ceil(timeout_s * 1000))
+    def woken(self, descriptors: Container[int]) -> None:
+        """Whoever waited for a dialer's `descriptors` found these readable."""
+        self._monitor_spoke |= self._monitor is not None and self.descriptors[-1] in descriptors
 
     def lost(self) -> bool:
-        """Whether a dialler's connection broke since the last call."""
-        broke = False
-        while self._monitor is not None and _readable(self._monitor):
+        """Whether a dialler's connection broke since the last call; to be told of `woken` before."""
+        broke, spoke, self._monitor_spoke = False, self._monitor_spoke, False
+        while spoke and self._monitor is not None and _readable(self._monitor):
             self._monitor.recv_multipart(zmq.NOBLOCK)
             broke = True
         return broke
@@ -205,8 +151,6 @@ class ZeroMQEndpoint:
             self._monitor.close(linger=0)
             self._monitor = None
         self._socket.close(linger=0)
-        self._mine.clear()
-        self._theirs.clear()
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
@@ -214,10 +158,10 @@ def _readable(socket: zmq.Socket[bytes]) -> bool:
     return bool(_plain_option(socket, _EVENTS) & _POLLIN)
 
 
-def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:
+def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     """A ROUTER bound to every address; raises NetworkError where one is taken or cannot be."""
     _keep_freed_memory()
-    socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     _limit(socket)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
@@ -234,10 +178,10 @@ def listen(addresses: Sequence[str], *, context: zmq.Context[zmq.Socket[bytes]] 
     return ZeroMQEndpoint(socket, bound[0])
 
 
-def dial(address: str, *, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> ZeroMQEndpoint:
+def dial(address: str) -> ZeroMQEndpoint:
     """A DEALER connected to `address`. Connecting never fails; silence is what tells that nobody is there."""
     _keep_freed_memory()
-    socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     _limit(socket)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)

@@ -6,6 +6,7 @@ Nothing here waits for a fixed time and then asserts: everything is polled until
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import time
@@ -19,10 +20,12 @@ import pytest
 from common import transports
 from common.errors import NetworkError
 from common.shared import MARK_BYTES, Memory, attach
-from common.transports import ZeroMQEndpoint
+from common.transports import lines
 from common.transports.base import SERVER
+from common.transports.lines import Door
 from common.transports.memory import MemoryEndpoint
-from common.transports.zeromq import COPY_BYTES, POINT_BYTES
+from common.transports.sharing import POINT_BYTES, SharingEndpoint
+from common.transports.zeromq import COPY_BYTES
 from common.wire import PAYLOAD_BYTES
 
 TIMEOUT_S = 10.0
@@ -435,7 +438,7 @@ class Sharing:
     def point(self, at: int, size: int, mark: bytes | None = None) -> list[Any]:
         """What the listener makes of a pointer, whoever wrote it."""
         mark = bytes.fromhex(self.up.place.mark) if mark is None else mark
-        self.dialer._socket.send_multipart([b"header", POINTER.pack(mark, at, size)])
+        self.dialer._sockets._socket.send_multipart([b"header", POINTER.pack(mark, at, size)])
         return received(self.listener)[1]
 
     def lies_in(self, memory: Memory, buffer: Any) -> bool:
@@ -534,14 +537,14 @@ def test_pointers_into_memory_that_is_not_shared_are_payloads_as_any_other(shari
     stranger, _ = sockets.met()
     for mark in (b"", bytes.fromhex(sharing.up.place.mark)):
         pointer = POINTER.pack(mark, 0, 0 if not mark else 100)
-        stranger._socket.send_multipart([b"header", pointer])
+        stranger._sockets._socket.send_multipart([b"header", pointer])
         assert bytes(received(sockets.listener)[1][1]) == pointer
     assert len(sharing.point(0, 100)[1]) == 100, "whose it is still points"
 
 
 @pytest.mark.parametrize("pointer", [b"", b"x", bytes(POINTER.size - 1), bytes(POINTER.size + 1), bytes(1000)])
 def test_payloads_that_are_no_pointer_are_passed_on(sharing: Sharing, pointer: bytes) -> None:
-    sharing.dialer._socket.send_multipart([b"header", pointer])
+    sharing.dialer._sockets._socket.send_multipart([b"header", pointer])
     assert [bytes(frame) for frame in received(sharing.listener)[1]] == [b"header", pointer]
 
 
@@ -563,7 +566,7 @@ def test_after_it_ends_payloads_travel_in_messages_again(sharing: Sharing) -> No
 
 def test_memory_that_is_shared_anew_replaces_the_old(sharing: Sharing) -> None:
     old, new = sharing.up, Memory.make(SHARED_BYTES)
-    sharing.listener.share(sharing.peer, None, sharing.offered(new))
+    sharing.listener.share(sharing.peer, sharing.down, sharing.offered(new))
     assert len(sharing.point(0, 100)[1]) == POINTER.size, "the old mark"
     new.data[:100] = 1
     assert bytes(sharing.point(0, 100, bytes.fromhex(new.place.mark))[1]) == bytes([1]) * 100
@@ -589,10 +592,175 @@ def test_an_end_that_is_closed_holds_no_memory(sockets: Wires) -> None:
     made = Sharing(sockets)
     assert mapped() == before + 4
     sockets.listener.unshare(made.peer)
-    assert isinstance(made.dialer, ZeroMQEndpoint)
+    assert isinstance(made.dialer, SharingEndpoint)
     made.dialer.close()
     sockets._dialers.remove(made.dialer)
     made.up.withdraw()
     made.down.withdraw()
     del made
     assert mapped() == before
+
+
+# Lines
+
+
+class Lined(Sharing):
+    """A connection that shares memory, and has a line."""
+
+    def __init__(self, wires: Wires) -> None:
+        super().__init__(wires)
+        self.door = Door(self.up.place.mark)
+        called = lines.dial(self.up.place.mark, self.down.place.mark)
+        answered = self.door.take(self.down.place.mark)
+        assert called is not None
+        assert answered is not None
+        self.called, self.answered = called, answered
+        self.dialer.share(SERVER, self.up, self.offered(self.down), answered)
+        self.listener.share(self.peer, self.down, self.offered(self.up), called)
+
+    def take(self, end: Any) -> list[bytes]:
+        """Header and payload of the next message there."""
+
+        def next_message() -> Any:
+            return end.receive() or end.receive_from(self.peer if end is self.listener else SERVER)
+
+        return [bytes(frame) for frame in until(next_message, "a message")[1]]
+
+
+@pytest.fixture
+def lined(sockets: Wires) -> Iterator[Lined]:
+    made = Lined(sockets)
+    yield made
+    made.door.close()
+    made.up.withdraw()
+    made.down.withdraw()
+
+
+def test_what_is_pointed_at_is_never_overtaken(lined: Lined) -> None:
+    """Though it goes another way, it is there before what is sent after it; what was sent before may come after."""
+    for sender, name, receiver, memory in lined.ways:
+        whole = memory.data.data
+        for number in range(50):
+            sent(sender, name, [b"before %d" % number, b"x"])
+            sent(sender, name, [b"lies %d" % number, whole], hold=number + 1)
+            sent(sender, name, [b"after %d" % number])
+            assert sender.released() == [number + 1], "nothing tells when it was read"
+            found = [lined.take(receiver) for _ in range(3)]
+            headers = [frames[0] for frames in found]
+            assert sorted(headers) == sorted(b"%s %d" % (word, number) for word in (b"before", b"lies", b"after"))
+            assert headers.index(b"lies %d" % number) < headers.index(b"after %d" % number)
+            assert headers.index(b"before %d" % number) < headers.index(b"after %d" % number)
+            assert found[headers.index(b"lies %d" % number)][1] == whole.tobytes()
+
+
+def test_a_line_wakes_whoever_waits(lined: Lined) -> None:
+    wake = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        assert lined.dialer.receive() is None
+        sent(lined.listener, lined.peer, [b"h", lined.down.data.data])
+        for _ in range(2):  # as long as it is there
+            started = time.monotonic()
+            lined.dialer.wait(TIMEOUT_S, also=wake)
+            assert time.monotonic() - started < TIMEOUT_S / 2
+        assert lined.take(lined.dialer)[0] == b"h"
+        started = time.monotonic()
+        lined.dialer.wait(0.05, also=wake)
+        assert time.monotonic() - started >= 0.045
+    finally:
+        os.close(wake)
+    sent(lined.dialer, SERVER, [b"h", lined.up.data.data])
+    poller = select.poll()
+    poller.register(lined.called.fileno(), select.POLLIN)
+    assert poller.poll(TIMEOUT_S * 1000)
+
+
+def test_a_line_that_nobody_reads_is_bounded_and_says_so(lined: Lined) -> None:
+    for sender, name, receiver, memory in lined.ways:
+        count, reason = 0, ""
+        while not (reason := sender.send(name, [b"%d" % count, memory.data.data], hold=1)):
+            count += 1
+            assert count < 100_000, "grows without end"
+        assert "read" in reason
+        assert count > 16
+        assert len(sender.released()) == count, "what was not sent holds nothing"
+        assert [lined.take(receiver)[0] for _ in range(count)] == [b"%d" % number for number in range(count)]
+        assert sender.send(name, [b"again", memory.data.data]) == ""
+        assert lined.take(receiver)[0] == b"again"
+
+
+def test_the_end_of_a_line_is_a_loss_and_told_once(lined: Lined) -> None:
+    sent(lined.listener, lined.peer, [b"last", lined.down.data.data])
+    lined.listener.unshare(lined.peer)
+    assert not lined.dialer.lost()
+    assert lined.take(lined.dialer)[0] == b"last", "what was sent before"
+    assert lined.dialer.receive() is None
+    assert lined.dialer.lost()
+    assert not lined.dialer.lost()
+    assert "gone" in lined.dialer.send(SERVER, [b"h", lined.up.data.data])
+    wake = os.eventfd(0, os.EFD_NONBLOCK)
+    started = time.monotonic()
+    lined.dialer.wait(0.05, also=wake)
+    assert time.monotonic() - started >= 0.045, "it does not wake anybody for ever"
+    os.close(wake)
+
+
+def test_a_listener_learns_the_end_of_a_line(lined: Lined) -> None:
+    lined.dialer.close()
+    assert lined.listener.receive_from(lined.peer) is None
+    assert lined.called.ended
+    assert "gone" in lined.listener.send(lined.peer, [b"h", lined.down.data.data])
+
+
+@pytest.mark.parametrize("message", [b"x", bytes(POINTER.size - 1), bytes(POINTER.size), bytes(POINTER.size + 5)])
+def test_malformed_messages_on_a_line_arrive_as_such(lined: Lined, message: bytes) -> None:
+    """They are the core's to refuse; no payload is made of them."""
+    assert lined.answered.send(message) == ""
+    header, payload = until(lambda: lined.listener.receive_from(lined.peer), "the message")[1]
+    assert bytes(header) == message[: max(len(message) - POINTER.size, 0)]
+    assert len(payload) in (0, POINTER.size)
+
+
+def test_nobody_is_let_in_who_does_not_greet(sharing: Sharing) -> None:
+    """Nor is a caller of an earlier connection taken for that of this one."""
+    mark = sharing.up.place.mark
+    door = Door(mark)
+    assert door.take("anybody") is None
+    earlier, silent = lines.dial(mark, "earlier"), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    silent.connect(lines._address(mark))
+    wanted = lines.dial(mark, "wanted")
+    assert earlier is not None
+    assert wanted is not None
+    found = door.take("wanted")
+    assert found is not None
+    assert found.send(b"come in") == ""
+    assert wanted.receive() == b"come in"
+    assert earlier.receive() is None
+    assert earlier.ended
+    assert silent.recv(1) == b""
+    assert lines.dial("0" * 32, "greeting") is None, "no such door"
+    with pytest.raises(OSError, match="in use"):
+        Door(mark)
+    for end in (door, earlier, wanted, found):
+        end.close()
+    silent.close()
+    assert lines.dial(mark, "too late") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_user_is_sent_away(sharing: Sharing) -> None:
+    mark, nobody = sharing.up.place.mark, 65534
+    door = Door(mark)
+    os.seteuid(nobody)
+    try:
+        assert lines.dial(mark, "greeting") is None, "whose door it is"
+        caller = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        caller.connect(lines._address(mark))
+        caller.send(b"greeting")
+    finally:
+        os.seteuid(0)
+    assert door.take("greeting") is None
+    sent_away = lines.Line(caller)
+    assert sent_away.receive() is None
+    assert sent_away.ended
+    sent_away.close()
+    door.close()

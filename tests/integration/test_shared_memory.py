@@ -24,6 +24,7 @@ import torch
 from common import shared
 from common.codecs.base import F32
 from common.messages import Scalars
+from common.transports.base import SERVER
 from tests.cluster import LARGE
 from tests.processes import ROOT, Process, Server, cleaned_up, until
 from worker import core, join
@@ -55,7 +56,8 @@ class Peer:
 
     def shares(self) -> None:
         """Wait until memory is shared."""
-        until(lambda: self.driver._endpoint._mine, "shared memory", PATIENCE_S)
+        until(lambda: self.driver._endpoint._shared, "shared memory", PATIENCE_S)
+        assert self.driver._endpoint._shared[SERVER].line is not None
 
     def told(self, kind: Any) -> Any:
         """The next news of that kind; what comes before it is passed over."""
@@ -275,8 +277,8 @@ def test_memory_cannot_be_taken_from_under_the_server(tmp_path: Path) -> None:
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     with served(tmp_path, *HOSTILE) as server:
         peer = Peer(server.address)
-        assert peer.driver._memory is not None
-        descriptor = peer.driver._memory.place.descriptor
+        assert peer.driver._offered is not None
+        descriptor = peer.driver._offered.memory.place.descriptor
         for number in range(1, 4):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, 0)

@@ -175,7 +175,7 @@ def test_updates_are_read_where_the_trainer_wrote_them(both: tuple[Server, Worke
     theirs, mine = shared.attach(share.place, expect=plan.bytes), Memory.make(plan.bytes)
     server.end.share(server.peer, mine, (bytes.fromhex(share.place.mark), theirs))
     server.says(Shared("s", 1, mine.place, ""))
-    until(lambda: worker.driver._endpoint._mine, "shared memory", PATIENCE_S)
+    until(lambda: worker.driver._endpoint._shared, "shared memory", PATIENCE_S)
     push(worker, data, 3.0)
     pushed = server.hears(Push)
     lying = np.frombuffer(pushed.payload, np.uint8)

@@ -1,0 +1,179 @@
+"""A ZeroMQ end that, with peers of this machine, shares memory: what lies there is pointed at, and need not be sent.
+
+    frames    header | payload          or, of a payload in shared memory:     header | pointer: mark, offset, length
+
+Laws
+* A pointer takes the place of a payload that lies in shared memory. No payload is taken for one, since it bears the
+  memory's random mark. Whoever sends one sees to it that what it points at stays until the peer is done, for nothing
+  tells when.
+* Where there is a line to the peer (`common.transports.lines`), what has a pointer goes by it, all else by ZeroMQ. A
+  line is emptied before a message of ZeroMQ is taken: so what goes by it may overtake what was sent before, and is
+  never overtaken. The cores bear messages in any order; what must not be split, a reply in chunks, is not.
+* Without a line, pointers go by ZeroMQ, in order with everything.
+"""
+
+from __future__ import annotations
+
+import math
+import select
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.codecs.base import U8
+from common.messages import Buffer
+from common.shared import MARK_BYTES, Memory
+from common.transports.base import SERVER
+from common.transports.lines import Line
+from common.transports.zeromq import ZeroMQEndpoint
+from common.wire import PAYLOAD_BYTES
+
+POINT_BYTES = 16 * 1024
+"""Shorter payloads are sent in a message of ZeroMQ, though they lie in shared memory: it costs no more."""
+_POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
+Message = tuple[bytes, list[Buffer]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """With one peer."""
+
+    mine: Memory | None
+    """What it reads."""
+    mark: bytes
+    theirs: memoryview
+    """What it writes, under this mark."""
+    line: Line | None
+
+    def pointer(self, payload: Buffer) -> bytes:
+        """To where the payload lies; empty where it is to be sent."""
+        if self.mine is None or len(payload) <= POINT_BYTES or (at := self.mine.holds(payload)) is None:
+            return b""
+        return _POINTER.pack(bytes.fromhex(self.mine.place.mark), at, len(payload))
+
+    def found(self, pointer: Buffer) -> Buffer:
+        """What it points at; nothing where there is no such place, which the core then refuses. A payload that is no
+        pointer is returned as it is."""
+        mark, at, size = _POINTER.unpack(pointer)
+        if mark != self.mark:
+            return pointer
+        if size > len(self.theirs) or at > len(self.theirs) - size:
+            return b""
+        return self.theirs[at : at + size]
+
+
+class SharingEndpoint:
+    """A `ZeroMQEndpoint` behind `common.transports.base.Endpoint`, with memory shared beside it."""
+
+    def __init__(self, sockets: ZeroMQEndpoint) -> None:
+        self._sockets = sockets
+        self._shared: dict[bytes, _Shared] = {}
+        self._kept: Message | None = None
+        """Taken from ZeroMQ, and kept until the line of its peer is empty."""
+        self._released: list[int] = []
+        self._lost = False
+        """Whether a line has ended, and nobody was told."""
+
+    @property
+    def address(self) -> str:
+        return self._sockets.address
+
+    def fileno(self) -> int:
+        return self._sockets.fileno()
+
+    def share(self, peer: bytes, mine: Memory | None, theirs: tuple[bytes, U8], line: Line | None = None) -> None:
+        """From now on `peer` reads payloads that lie in `mine` there, and this side its own in `theirs`: (mark, bytes).
+
+        line: to the peer; this end's to close.
+        """
+        self.unshare(peer)
+        mark, memory = theirs
+        self._shared[peer] = _Shared(mine, mark, memory.data, line)
+
+    def unshare(self, peer: bytes) -> None:
+        """Payloads to and from `peer` travel in messages again, and its line is closed."""
+        if (shared := self._shared.pop(peer, None)) is not None and shared.line is not None:
+            shared.line.close()
+
+    def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
+        if len(frames) == 1:
+            return self._sockets.send(peer, frames, hold)
+        header, payload = frames
+        shared = self._shared.get(peer)
+        pointer = b"" if shared is None else shared.pointer(payload)
+        if not pointer and len(payload) > PAYLOAD_BYTES:
+            return "the memory that it lies in is no longer shared"
+        if not pointer or shared is None or shared.line is None:
+            return self._sockets.send(peer, (header, pointer or payload), hold)
+        if not (refusal := shared.line.send(b"".join((header, pointer)))) and hold:
+            self._released.append(hold)
+        return refusal
+
+    @property
+    def overlooked(self) -> bool:
+        """Whether there is anything to receive, or released, of which no descriptor may tell: this end has sent since.
+        Wait for descriptors only where it is not."""
+        return self._kept is not None or bool(self._released) or self._sockets.overlooked
+
+    def receive(self) -> Message | None:
+        """The next message of a peer. A dialer's line is looked at, too; a listener's lines have `receive_from`."""
+        if (pointed := self.receive_from(SERVER)) is not None:
+            return pointed
+        message, self._kept = self._kept or self._sockets.receive(), None
+        if message is None or (shared := self._shared.get(message[0])) is None:
+            return message
+        if (earlier := self._received(message[0], shared)) is not None:
+            self._kept = message
+            return earlier
+        if len(message[1]) == 2 and len(message[1][1]) == _POINTER.size:
+            message[1][1] = shared.found(message[1][1])
+        return message
+
+    def receive_from(self, peer: bytes) -> Message | None:
+        """The next message of the line to `peer`."""
+        shared = self._shared.get(peer)
+        return None if shared is None else self._received(peer, shared)
+
+    def _received(self, peer: bytes, shared: _Shared) -> Message | None:
+        line = shared.line
+        if line is None or line.ended:
+            return None
+        if (message := line.receive()) is None:
+            self._lost |= line.ended
+            return None
+        at = max(len(message) - _POINTER.size, 0)
+        header, pointer = message[:at], message[at:]
+        return peer, [header, shared.found(pointer) if at else b""]
+
+    def released(self) -> list[int]:
+        done, self._released = self._released, []
+        return done + self._sockets.released()
+
+    @property
+    def holding(self) -> bool:
+        """Whether any buffer is still being read."""
+        return bool(self._released) or self._sockets.holding
+
+    def wait(self, timeout_s: float, *, also: int) -> None:
+        """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up. A dialer's.
+
+        Call it only where nothing is `overlooked`. It touches no socket, so that another thread may use this end
+        meanwhile.
+        """
+        shared = self._shared.get(SERVER)
+        line = [] if shared is None or shared.line is None or shared.line.ended else [shared.line.fileno()]
+        poller = select.poll()
+        for descriptor in (*self._sockets.descriptors, *line, also):
+            poller.register(descriptor, select.POLLIN)
+        self._sockets.woken([descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))])
+
+    def lost(self) -> bool:
+        """Whether a dialer's connection, or its line, broke since the last call."""
+        lost, self._lost = self._lost, False
+        return self._sockets.lost() or lost
+
+    def close(self) -> None:
+        for peer in list(self._shared):
+            self.unshare(peer)
+        self._kept = None
+        self._sockets.close()
