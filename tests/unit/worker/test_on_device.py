@@ -60,18 +60,28 @@ class SlowLane(CpuLane):
         super().__init__(CPU)
         self.may = threading.Event()
         self.may.set()
-        self.waited = 0
+        self.up = self.arrived_above = 0
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> Arrival:
         kept, lane = source.clone(), self
 
         class Late:
             def synchronize(self) -> None:
-                lane.waited += 1
                 assert lane.may.wait(20.0)
                 target.copy_(kept)
 
-        return Late() if target.dtype == torch.uint8 else super().copy(target, source)
+        class Noted:
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def synchronize(self) -> None:
+                lane.arrived_above = self.number
+
+        if target.dtype == torch.uint8:
+            return Late()
+        super().copy(target, source)
+        self.up += 1
+        return Noted(self.up)
 
     def landing(self, memory: U8) -> torch.Tensor:
         return torch.zeros(len(memory), dtype=torch.uint8)
@@ -215,6 +225,21 @@ def test_replies_land_where_the_last_one_went_up_from() -> None:
     values[:] = 7.0  # the next reply
     bench.vectors.close()
     assert torch.equal(bench.model.weight.detach().view(-1), torch.from_numpy(known[: 700 * 1000]))
+
+
+def test_memory_of_a_reply_is_let_go_when_that_has_gone_up() -> None:
+    lane = SlowLane()
+    bench = Bench(on(lane))
+    values = np.ones(bench.binding.layout.elements, np.float32)
+    bench.vectors.anchor_at(values)
+    assert (lane.up, lane.arrived_above) == (1, 0), "nobody waits for it"
+    bench.vectors.anchor_at(values.copy())
+    assert (lane.up, lane.arrived_above) == (2, 1)
+    bench.push()
+    assert lane.arrived_above == 2
+    bench.vectors.merge(values, bench.up.part, moved=False)
+    bench.vectors.close()
+    assert lane.arrived_above == 3
 
 
 def test_a_lane_that_cannot_reach_a_reply_gives_other_memory_for_the_next() -> None:
