@@ -112,14 +112,14 @@ class CudaLane(Lane):
             if _pin(memory):
                 return torch.from_numpy(memory)
             log.info("%.1f MiB of memory cannot be pinned: updates take one copy more", memory.nbytes / 2**20)
-            return torch.zeros(memory.size, dtype=torch.uint8, pin_memory=True)
+            return torch.zeros(memory.size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def reaches(self, vector: F32) -> bool:
         return torch.from_numpy(vector).is_pinned()
 
     def host_vector(self, length: int) -> F32:
         with torch.cuda.device(self.device):
-            found: F32 = torch.zeros(length, pin_memory=True).numpy()
+            found: F32 = torch.zeros(length, dtype=torch.float32, device="cpu", pin_memory=True).numpy()
         return found
 
 

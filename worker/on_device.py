@@ -74,7 +74,7 @@ class DeviceVectors(Vectors):
         self._errands: deque[Future[None]] = deque()
 
     def _zeros(self, length: int) -> Tensor:
-        return torch.zeros(length, device=self._lane.device)
+        return torch.zeros(length, dtype=torch.float32, device=self._lane.device)
 
     def _stage(self, ups: Sequence[Mapping[str, Plan]], staging: U8) -> None:
         self._staging, self._landing = staging, self._lane.landing(staging)
@@ -120,11 +120,11 @@ class DeviceVectors(Vectors):
 
     def _spare(self) -> F32 | None:
         """Memory for the next reply: nothing goes up from it any more."""
-        self._arrived_above()
+        self._wait_until_up()
         spare, self._landed = self._landed, None
         return spare
 
-    def _arrived_above(self) -> None:
+    def _wait_until_up(self) -> None:
         if self._up is not None:
             self._up.synchronize()
 
@@ -143,7 +143,7 @@ class DeviceVectors(Vectors):
     def _taken(self, values: F32, first: int, last: int) -> Tensor:
         vector, self._inbox = self._inbox, None
         assert vector is not None, "for each vector that is taken, one is given away"
-        self._arrived_above()
+        self._wait_until_up()
         with self._lane.aside():
             self._up = self._lane.copy(vector[first:last], torch.from_numpy(values)[first:last])
         self._lane.join()
@@ -170,5 +170,5 @@ class DeviceVectors(Vectors):
     def close(self) -> None:
         """Wait for the courier; others may have the memory."""
         self._courier.shutdown()
-        self._arrived_above()
+        self._wait_until_up()
         self._lane.join()

@@ -1,4 +1,7 @@
-"""A session whose vectors are torch's, on its CPU device, against a real server: the training of one with numpy's."""
+"""A session whose vectors are torch's against a real server: the training of one with numpy's, bit for bit.
+
+On torch's CPU device, and on a CUDA device where there is one. The model is in host memory: its steps are the same.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from worker.on_device import DeviceVectors
 from worker.trainer import Session
 
 STEPS = 12
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 WAYS = {
     "shared memory": (),
     "messages": ("--no-shared-memory",),
@@ -69,9 +73,10 @@ def trained(folder: Path, device: torch.device | None, flags: tuple[str, ...]) -
     return [tensor.numpy().tobytes() for tensor in tensors]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("flags", FLAGS)
-def test_the_training_is_the_same(flags: str, way: str, tmp_path: Path) -> None:
+def test_the_training_is_the_same(flags: str, way: str, device: str, tmp_path: Path) -> None:
     chosen = (*FLAGS[flags], *WAYS[way])
     host = trained(tmp_path / "host", None, chosen)
-    assert host == trained(tmp_path / "device", torch.device("cpu"), chosen)
+    assert host == trained(tmp_path / "device", torch.device(device), chosen)

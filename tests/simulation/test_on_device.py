@@ -1,4 +1,6 @@
-"""Workers whose vectors are torch's, on its CPU device: the runs are those of workers with numpy's, bit for bit.
+"""Workers whose vectors are torch's: the runs are those of workers with numpy's, bit for bit.
+
+On torch's CPU device, or on a CUDA device where there is one. Models are in host memory: their steps are the same.
 
 Law: whatever the rule, the codec and the network, whatever is refused, lost or undone, both come to the same center,
 the same models and the same memories.
@@ -10,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from common import codecs
 from deploy.simulation.workers import ADDRESS
 from tests.simulation.test_feedback import FAULTS, Trainer, ran
 from worker.on_device import DeviceVectors
@@ -36,7 +38,10 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "lsgd": {"rule": "lsgd", "workers": 2},
 }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CODECS = ["fp32", "fp16", "bf16:stochastic", "int8", "ef:int8", "int4", "e3m0", "topk:0.05", "sign", "natural", "qsgd"]
+if DEVICE.type != "cpu":
+    CODECS = [name for name in CODECS if codecs.load(name).same_bytes]
 
 
 @pytest.fixture(autouse=True)
@@ -93,13 +98,14 @@ class OnHost(Trainer):
         tensors = [tensor.float().numpy().tobytes() for tensor in self.network.state_dict().values()]
         memory, counted = self.session._vectors.memory, self.session.exchanges
         figures = counted.pushed, counted.rejected, counted.bytes_up, counted.bytes_down, counted.undone
-        return *tensors, b"" if memory is None else np.asarray(memory.e).tobytes(), repr(figures).encode()
+        remembered = [] if memory is None else torch.asarray(memory.e, copy=True, device="cpu").tolist()
+        return *tensors, repr((remembered, figures)).encode()
 
 
 class OnDevice(OnHost):
     """The same with tensors."""
 
-    device = torch.device("cpu")
+    device = DEVICE
     vectors = DeviceVectors
 
 
