@@ -48,6 +48,7 @@ def vectors_of(binding: Binding, device: torch.device | None = None) -> Vectors:
         case None:
             log.info("the model lies on several devices: its updates are worked out in host memory")
         case torch.device(type="cuda"):
+            log.info("updates are worked out on %s", binding.device)
             return DeviceVectors(binding, lane_of(binding.device))
         case torch.device(type=kind) if kind != "cpu":
             log.info("the model lies on a device of type %s: its updates are worked out in host memory", kind)
