@@ -444,8 +444,9 @@ class Session:
         cuts = [(part, fragments) for part in range(fragments)]
         choices = codecs.choices(str(settings["codec"]))
         self._choice = Choice(choices)
-        self._ups = [{codec: plan(self._layout, codec, *cut) for codec in choices} for cut in cuts]
-        self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
+        rows = codecs.at_rows(str(settings["codec"]), str(settings["reply_codec"]))
+        self._ups = [{codec: plan(self._layout, codec, *cut, rows=rows) for codec in choices} for cut in cuts]
+        self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut, rows=rows) for cut in cuts]
         longest = max(up.bytes for ups in self._ups for up in ups.values())
         self._update: U8 = self._driver.staging(longest, str(settings["machine"]))
         in_place = {codec: up.in_place(self._update) if fragments == 1 else None for codec, up in self._ups[0].items()}
@@ -483,9 +484,9 @@ class Session:
         outlived, self._outlived = self._outlived, None
         self._encoded += 1
         key = draws.of_push(self._seed, self.name, self._encoded)
-        data = self._update[: up.bytes]
+        data, before = self._update[: up.bytes], self._memory.before if self._memory is not None else None
         try:
-            self._driver.push(delta, up, data, scalars, self._base, outlived, self._fragment, key=key)
+            self._driver.push(delta, up, data, scalars, self._base, outlived, self._fragment, key=key, before=before)
         except CodecError as error:
             self._in_flight, self._progress = None, progress
             self._reject(str(error))

@@ -11,13 +11,14 @@ Laws
   refused, withdrawn or taken back, leaves every bit.
 * One update at a time is under way; of a vector in fragments only the part that is pushed is touched.
 * e is finite: what cannot be encoded never gets here.
+* What a codec starts from that starts from its last update (`Codec.warm`) moves with e: the last update that was taken.
 
 Left out: decay (e <- beta e, which conserves nothing); a memory for replies, where the worker's replica is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -35,6 +36,8 @@ class Memory:
         self._e = np.zeros(elements, np.float32)
         self._next = np.zeros(elements, np.float32)
         self._under_way: list[slice] = []
+        self._before: dict[int, U8] = {}
+        self._before_next: dict[int, U8] = {}
 
     def __repr__(self) -> str:
         return f"<Memory of {self._e.size:,} elements, {'an update' if self._under_way else 'nothing'} under way>"
@@ -46,23 +49,37 @@ class Memory:
         view.flags.writeable = False
         return view
 
+    @property
+    def before(self) -> Mapping[int, U8]:
+        """By first element: what a block was encoded to in the last update that was taken, where its next one starts
+        from there."""
+        return self._before
+
     def add(self, update: F32, first: int, last: int) -> None:
         """update: (elements,) p <- D + e, on elements [first, last)."""
         update[first:last] += self._e[first:last]
 
     def remember(self, update: F32, pieces: Iterable[Piece]) -> None:
         """What e will be, should this update be taken. update: (elements,) p, from which `pieces` were encoded."""
-        self._under_way.clear()
+        self._forget()
         for codec, first, last, encoded in pieces:
             part = slice(first, last)
             lost = self._next[part]
             codec.decode(encoded, lost)
             np.subtract(update[part], lost, out=lost)
             self._under_way.append(part)
+            if codec.warm is not None:
+                self._before_next[first] = encoded.copy()
 
     def settle(self, *, taken: bool) -> None:
         """The update under way was taken, or not; without one under way nothing happens."""
         if taken:
             for part in self._under_way:
                 self._e[part] = self._next[part]
+            self._before |= self._before_next
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is under way."""
         self._under_way.clear()
+        self._before_next.clear()
