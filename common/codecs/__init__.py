@@ -64,8 +64,8 @@ def setting(text: str) -> str:
     lossiest = load(rest or ALLOWED)
     if lossiest.of_columns is not None:
         raise ConfigError(
-            f"'{text}' cannot be weighed: how long an update is in '{lossiest.name}' is up to the model's matrices, and "
-            f"it starts from the one before.",
+            f"'{text}' cannot be weighed: how long an update is in '{lossiest.name}' is up to the model, and each "
+            f"starts from the one before.",
             fix=f"Use {lossiest.name}, or {AUTO}:int4.",
         )
     if lossiest.lossless:

@@ -5,20 +5,21 @@ error feedback. Vogels, Karimireddy, Jaggi, arXiv 1905.13727.
 
     encoded block:  float32 P [rank][n]   float32 Q [rank][m]
 
-One step of power iteration, from the Q of this block in the last update that was taken: of a matrix that changes slowly
-the largest singular values arrive in the end. A first update starts from random numbers, and so does whatever is sent
-without feedback, and a column of Q that is zero: nothing would ever come of it again.
+One step of power iteration, from the Q of this block in the last update that was taken: of a matrix that changes
+slowly the largest singular values arrive in the end. A first update starts from random numbers, and so does whatever is
+sent without feedback, and a column of Q that is zero: nothing would ever come of it again.
 
-A matrix is a tensor seen as (first dimension, all others), and a block as many whole rows as fit 65,536 elements, with a
-Q of its own. So a matrix up to that size is exactly what the paper sends. A longer one travels as k ranges of rows, which
-keeps more of it and sends more: 4 rank (n + k m) bytes instead of 4 rank (n + m), of 768 x 768 (2.4 MB) 66 KB instead of
-12 KB. What is not shorter than halves that way (of few rows or columns; odd parts where fragments end) is sent as halves.
+A matrix is a tensor seen as (first dimension, all others), and a block as many whole rows as fit 65,536 elements, with
+a Q of its own. So a matrix up to that size is exactly what the paper sends. A longer one travels as k ranges of rows,
+which keeps more of it and sends more: 4 rank (n + k m) bytes instead of 4 rank (n + m), of 768 x 768 (2.4 MB) 66 KB
+instead of 12 KB. What is not shorter than halves that way (of few rows or columns; odd parts where fragments end) is
+sent as halves.
 
 `powersgd:4` has rank 4. P P' M is a projection, so what is lost is never larger than the update; from a random Q it is
 smaller by rank / m of the square on average, mostly by far more. P and Q are float32, so that a matrix of that rank
-arrives as it is; sums are float64. Pitfalls: one outlying element takes a whole rank; magnitudes over 2^100 are refused.
-Two devices encode to the same up to rounding, and decode to the same bits. By itself the codec sees rows of 64, the last
-one filled up with zeros; a plan asks for those of each matrix (`of_columns`).
+arrives as it is; sums are float64. Pitfalls: one outlying element takes a whole rank; magnitudes over 2^100 are
+refused. Two devices encode to the same up to rounding, and decode to the same bits. By itself the codec sees rows of
+64, the last one filled up with zeros; a plan asks for those of each matrix (`of_columns`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_what_is_sent_over_and_over_comes_to_the_best_of_its_rank(rank: int) -> 
         data = warmed(codec, m, data)
         losses.append(lost(m, back(codec, data, shape)))
     best = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
-    assert all(later <= earlier + 1e-6 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(losses))
     assert losses[0] > 1.05 * best
     assert losses[-1] == pytest.approx(best, rel=1e-4)
 
