@@ -4,18 +4,24 @@
     blocks   [ b0 | b1 | ... | bi | ... |  ...     ]    at most 65,536 elements, one codec each
     chunks   [ c0            | c1          | ...   ]    whole blocks, at most 1 MiB: one message each
 
+    matrix   [ odd | rows | rows | ... | odd ]          how the body is cut where any codec in use works on matrices
+
 Laws
 * Body blocks use the codec, dense blocks what the codec names for them, buffers always fp32.
 * A block's encoded bytes start at a multiple of 8 and are zero-padded to one.
 * What is done block by block may be done to a run of blocks at once, where their codec sees no seam.
-* Both ends compute the same plan from layout and codec name, so no offset ever crosses the wire.
+* Both ends compute the same plan from layout and codec names, so no offset ever crosses the wire.
+* All plans of one server cut the same blocks: at rows (`rows`) if any of its codecs works on matrices, else anywhere.
+  Cut at rows, a block lies within one tensor; whole rows use the codec made for that many columns, where that saves
+  anything, and the odd parts (of a row that a fragment cuts, of one longer than a block) what the codec names for dense
+  ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -54,6 +60,10 @@ class Chunk(NamedTuple):
     size: int
 
 
+Span: TypeAlias = tuple[int, int, int]
+"""Elements [first, last) of the vector, and of how many columns the rows are that they make up; 0: of none."""
+
+
 class Plan(NamedTuple):
     """All blocks and chunks of one layout in one codec."""
 
@@ -81,15 +91,28 @@ class Plan(NamedTuple):
     def pieces(self, data: U8) -> Iterator[Piece]:
         """Every block of parameters, for whoever remembers what encoding lost. data: (bytes,)."""
         for block in self.blocks[: self.parameter_blocks]:
-            yield slice(block.first, block.last), partial(self.decode_block, block, data)
+            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
+            start = None if block.codec.warm is None else data[block.offset : end]
+            yield Piece(slice(block.first, block.last), partial(self.decode_block, block, data), start)
 
-    def encode(self, flat: F32, data: U8, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
+    def encode(
+        self,
+        flat: F32,
+        data: U8,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        key: int = 0,
+        before: Mapping[int, U8] | None = None,
+    ) -> None:
         """data: (bytes,) <- flat: (elements,), blocks [first, last). Raises CodecError for NaN or infinity.
 
-        key: of this push, where a codec rounds at random (`draws.of_push`).
+        key: of this push, where a codec rounds at random (`draws.of_push`). before: what blocks that start from their
+        last update were encoded to in that, by first element (`feedback.Memory.before`).
         """
         for block in _joined(self.blocks[first:last]):
-            self.encode_block(block, flat[block.first : block.last], data, key)
+            earlier = before.get(block.first) if before else None
+            self.encode_block(block, flat[block.first : block.last], data, key, earlier)
 
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
@@ -141,12 +164,14 @@ class Plan(NamedTuple):
             self.decode_block(block, data, flat[block.first : block.last])
 
     @staticmethod
-    def encode_block(block: Block, x: F32, data: U8, key: int = 0) -> None:
+    def encode_block(block: Block, x: F32, data: U8, key: int = 0, before: U8 | None = None) -> None:
         """data: (bytes,) <- x: (elements of the block,). Raises CodecError for NaN or infinity."""
-        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-        block.codec.encode(
-            x, data[block.offset : end], draws.of_block(key, block.first) if block.codec.stochastic else 0
-        )
+        codec, end = block.codec, block.offset + block.codec.encoded_bytes(block.last - block.first)
+        out, own = data[block.offset : end], draws.of_block(key, block.first) if codec.stochastic else 0
+        if before is not None and codec.warm is not None:
+            codec.warm(x, out, own, before)
+        else:
+            codec.encode(x, out, own)
         data[end : block.offset + block.size] = 0
 
     @staticmethod
@@ -183,29 +208,65 @@ class Plan(NamedTuple):
         return scratch[:elements]
 
 
-def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1) -> Plan:
+def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1, *, rows: bool = False) -> Plan:
     """The plan of `layout` in the codec of that name; of one of so many fragments, which cut the parameters evenly.
 
-    Buffers travel with the last fragment.
+    Buffers travel with the last fragment. rows: cut at rows (`codecs.at_rows` of the server's codecs); for a codec that
+    works on matrices it is so anyway.
     """
     codec = codecs.load(codec_name)
+    dense, raw = codecs.load(codec.dense), codecs.load("fp32")
     low, high = (_cut(layout.parameters, index, fragments) for index in (fragment, fragment + 1))
-    sections = (
-        (codec, low, min(layout.body, high)),
-        (codecs.load(codec.dense), max(layout.body, low), high),
-        (codecs.load("fp32"), layout.parameters, layout.elements if fragment == fragments - 1 else layout.parameters),
-    )
+    body = _rows(layout, low, high) if rows or codec.of_columns else _even(low, min(layout.body, high))
+    spans = [(_fitting(codec, dense, last - first, columns), first, last) for first, last, columns in body]
+    spans += [(dense, first, last) for first, last, _ in _even(max(layout.body, low), high)]
+    if fragment == fragments - 1:
+        spans += [(raw, first, last) for first, last, _ in _even(layout.parameters, layout.elements)]
     blocks: list[Block] = []
     offset = 0
-    for section_codec, start, end in sections:
-        for first in range(start, end, BLOCK_ELEMENTS):
-            last = min(first + BLOCK_ELEMENTS, end)
-            size = _aligned(section_codec.encoded_bytes(last - first))
-            blocks.append(Block(section_codec, first, last, offset, size))
-            offset += size
+    for block_codec, first, last in spans:
+        size = _aligned(block_codec.encoded_bytes(last - first))
+        blocks.append(Block(block_codec, first, last, offset, size))
+        offset += size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
     verbatim = all(block.codec.view is not None and block.offset == 4 * block.first for block in blocks)
     return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset, verbatim)
+
+
+def _even(start: int, end: int) -> Iterator[Span]:
+    """[start, end) in blocks that know of no rows."""
+    for first in range(start, end, BLOCK_ELEMENTS):
+        yield first, min(first + BLOCK_ELEMENTS, end), 0
+
+
+def _rows(layout: Layout, low: int, high: int) -> Iterator[Span]:
+    """What of [low, high) belongs to the body, in blocks of whole rows of one tensor, and the odd parts beside them."""
+    start = 0
+    for tensor in layout.tensors:
+        if tensor.kind != "parameter" or tensor.dense:
+            return
+        columns = tensor.elements // tensor.shape[0]
+        first, last = max(start, low), min(start + tensor.elements, high)
+        whole = BLOCK_ELEMENTS // columns * columns
+        top, bottom = (start + columns * row for row in (-((start - first) // columns), (last - start) // columns))
+        if whole == 0 or top >= bottom:
+            yield from _even(first, last)
+        else:
+            yield from _even(first, top)
+            for at in range(top, bottom, whole):
+                yield at, min(at + whole, bottom), columns
+            yield from _even(bottom, last)
+        start += tensor.elements
+
+
+def _fitting(codec: Codec, dense: Codec, elements: int, columns: int) -> Codec:
+    """The codec of a block of the body, which is whole rows of so many columns; 0: of none."""
+    if codec.of_columns is None:
+        return codec
+    if columns == 0:
+        return dense
+    fitting = codec.of_columns(columns)
+    return fitting if fitting.encoded_bytes(elements) < dense.encoded_bytes(elements) else dense
 
 
 def _joined(blocks: Sequence[Block]) -> Iterator[Block]:

@@ -8,7 +8,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -44,16 +44,29 @@ class _Run(NamedTuple):
         return rows[:, :end], rows[:, end:]
 
 
-def encode(plan: Plan, flat: Tensor, data: Tensor, first: int = 0, last: int | None = None, *, key: int = 0) -> None:
+def encode(
+    plan: Plan,
+    flat: Tensor,
+    data: Tensor,
+    first: int = 0,
+    last: int | None = None,
+    *,
+    key: int = 0,
+    before: Mapping[int, Tensor] | None = None,
+) -> None:
     """data: (bytes,) uint8 <- flat: (elements,) float32, blocks [first, last). Raises CodecError for NaN or infinity.
 
-    key: as for `Plan.encode`.
+    key, before: as for `Plan.encode`.
     """
     for run in _runs(plan.blocks[first:last]):
         x = flat[run.first : run.last]
-        block_key = draws.of_block(key, run.first) if run.codec.stochastic else 0
+        device, block_key = run.codec.device, draws.of_block(key, run.first) if run.codec.stochastic else 0
         encoded, padding = run.encoded(data)
-        encoded.copy_(run.codec.device.encode(x.view(run.blocks, -1) if run.codec.device.together else x, block_key))
+        earlier = before.get(run.first) if before else None
+        if earlier is not None and device.warm is not None:
+            encoded.copy_(device.warm(x, block_key, earlier))
+        else:
+            encoded.copy_(device.encode(x.view(run.blocks, -1) if device.together else x, block_key))
         padding.zero_()
 
 
@@ -66,7 +79,8 @@ def decode(plan: Plan, data: Tensor, flat: Tensor) -> None:
 def pieces(plan: Plan, data: Tensor) -> Iterator[Piece]:
     """All blocks of parameters, for whoever remembers what encoding lost. data: (bytes,) uint8."""
     for run in _runs(plan.blocks[: plan.parameter_blocks]):
-        yield slice(run.first, run.last), partial(_decode, run, data)
+        start = None if run.codec.device.warm is None else run.encoded(data)[0][0]
+        yield Piece(slice(run.first, run.last), partial(_decode, run, data), start)
 
 
 def _decode(run: _Run, data: Tensor, x: Tensor) -> None:

@@ -7,6 +7,7 @@ center + rule state + sessions x (rule, buffers) + pool (slots, snapshots) + che
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from common import chunks, codecs, rules
@@ -64,10 +65,11 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     """The memory a model needs under these settings; raises ConfigError where the pool holds not one exchange."""
     rule = rules.load(settings.rule)
     config = settings.rule_config()
-    ups = [chunks.plan(layout, codec) for codec in codecs.choices(settings.codec)]
+    cut = partial(chunks.plan, layout, rows=codecs.at_rows(settings.codec, settings.reply_codec))
+    ups = [cut(codec) for codec in codecs.choices(settings.codec)]
     up_bytes = max(up.bytes for up in ups)
-    down = chunks.plan(layout, settings.reply_codec)
-    whole = down if settings.replies == "whole" else chunks.plan(layout, LOSSLESS)
+    down = cut(settings.reply_codec)
+    whole = down if settings.replies == "whole" else cut(LOSSLESS)
     vector = FLOAT_BYTES * layout.parameters
     session_vectors = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     snapshots = BUFFERS * whole.bytes

@@ -28,7 +28,7 @@ import numpy as np
 
 from common.buffers import zeros
 from common.chunks import Plan, plan
-from common.codecs import choices
+from common.codecs import at_rows, choices
 from common.codecs.base import F32, U8
 from common.errors import CodecError
 from common.layout import Layout
@@ -104,13 +104,14 @@ class Shard:
         self.center = zeros(layout.elements, np.float32)
         self.state: Arrays = rule.state(config, terms.overlap, layout.parameters, np.float32)
         self.decisions: Any = rule.start(config, terms)
-        self.exact: Plan = plan(layout, LOSSLESS)
-        self.down: Plan = plan(layout, reply_codec if replies == "whole" else LOSSLESS)
+        cut = partial(plan, layout, rows=at_rows(codec, reply_codec))
+        self.exact: Plan = cut(LOSSLESS)
+        self.down: Plan = cut(reply_codec if replies == "whole" else LOSSLESS)
         self.keeps_replicas = keeps_replicas(rule, replies)
         parts = rule.fragments(config)
-        self.ups = tuple({one: plan(layout, one, part, parts) for one in choices(codec)} for part in range(parts))
+        self.ups = tuple({one: cut(one, part, parts) for one in choices(codec)} for part in range(parts))
         """Of each fragment, by codec: where workers choose, there are several."""
-        self.downs = tuple(plan(layout, reply_codec, part, parts) for part in range(parts))
+        self.downs = tuple(cut(reply_codec, part, parts) for part in range(parts))
         plainly = second and adds_plainly(rule, config, self.ups[0].values(), self.down, layout)
         self._second = zeros(layout.elements, np.float32) if plainly else None
         """Where the next center may be made."""

@@ -830,7 +830,8 @@ class Hand:
         settings = self.desk.settings
         fragments = 1 if whole else rules.load(settings.rule).fragments(settings.rule_config())
         cut = (fragment, fragments) if fragment < fragments else (0, 1)
-        return chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32", *cut)
+        rows = codecs.at_rows(settings.codec, settings.reply_codec)
+        return chunks.plan(self.desk.layout, codec if codec in codecs.names() else "fp32", *cut, rows=rows)
 
     def pieces(self, number: int, fill: float | F32 = 1.0, **changes: Any) -> list[Message]:
         """The messages of a push, in order: one where it is short or memory is shared, or Begin, Chunks and Commit."""

@@ -425,8 +425,14 @@ class WorkerCore:
         assert self._layout is not None
         if (codec, fragment) not in self._plans:
             cut = (0, 1) if fragment is None else (fragment, self.fragments)
-            self._plans[codec, fragment] = chunks.plan(self._layout, codec, *cut)
+            self._plans[codec, fragment] = chunks.plan(self._layout, codec, *cut, rows=self._at_rows)
         return self._plans[codec, fragment]
+
+    @property
+    def _at_rows(self) -> bool:
+        """Whether plans are cut at the rows of matrices."""
+        welcome = self.membership.welcome
+        return welcome is not None and _at_rows(welcome)
 
     @property
     def fragments(self) -> int:
@@ -492,7 +498,7 @@ class WorkerCore:
         heard_of = m.welcome is not None and m.welcome.init in (welcome.init, "have")
         if not first_of_connection and (heard_of or self.phase == "joined"):
             return  # said before, or overtaken by newer news
-        if m.welcome is not None and (changed := [k for k in ADOPTED if m.welcome.settings[k] != welcome.settings[k]]):
+        if m.welcome is not None and (changed := _changed(m.welcome, welcome)):
             before, now = (", ".join(f"{k} {w.settings[k]}" for k in changed) for w in (m.welcome, welcome))
             sentence = f"The server has come back with {now}; this worker joined it with {before}."
             self._fail(Refused(Code.UNEXPECTED, sentence, fix="Start the worker anew."))
@@ -943,3 +949,14 @@ class WorkerCore:
 
     def _say(self, level: str, sentence: str) -> None:
         self._out.append(Say(level, sentence))
+
+
+def _at_rows(welcome: Welcome) -> bool:
+    """Whether, with the codecs of this server, plans are cut at the rows of matrices."""
+    return codecs.at_rows(str(welcome.settings["codec"]), str(welcome.settings["reply_codec"]))
+
+
+def _changed(before: Welcome, now: Welcome) -> list[str]:
+    """What updates are made by and is not as it was; the codec of replies only where plans are cut by it."""
+    changed = [each for each in ADOPTED if before.settings[each] != now.settings[each]]
+    return changed or (["reply_codec"] if _at_rows(before) != _at_rows(now) else [])

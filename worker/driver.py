@@ -24,7 +24,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -101,20 +101,22 @@ class Carrier(ABC):
         fragment: int = 0,
         *,
         key: int = 0,
+        before: Mapping[int, U8] | None = None,
     ) -> None:
         """Have `flat` pushed: (elements,), encoded into data: (plan.bytes,) while its first chunks are on their way.
 
-        `spare`: memory for the reply; `key`: of this push, for codecs that round at random. Raises CodecError where
-        `flat` cannot be encoded; then nothing is pushed.
+        `spare`: memory for the reply; `key`: of this push, for codecs that round at random; `before`: for codecs that
+        start from their last update. Raises CodecError where `flat` cannot be encoded; then nothing is pushed.
         """
         chunks = len(plan.chunks)
         if chunks == 1:
-            plan.encode(flat, data, key=key)
+            plan.encode(flat, data, key=key, before=before)
         self.post(PushWanted(data, plan.codec, scalars, base, 1 if chunks == 1 else 0, spare, fragment))
         for ready in range(0, chunks if chunks > 1 else 0, ENCODE_CHUNKS):
             end = min(ready + ENCODE_CHUNKS, chunks)
             try:
-                plan.encode(flat, data, plan.chunks[ready].first, plan.chunks[end - 1].last, key=key)
+                first, last = plan.chunks[ready].first, plan.chunks[end - 1].last
+                plan.encode(flat, data, first, last, key=key, before=before)
             except CodecError:
                 self.post(Withdrawn())
                 raise

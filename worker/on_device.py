@@ -92,11 +92,12 @@ class DeviceVectors(Vectors):
         """All of it is encoded, and on its way to host memory, when this returns."""
         self._run_errands()
         arrivals: list[tuple[int, slice, Arrival]] = []
+        before = None if self.memory is None else self.memory.before
         with self._lane.aside():
             for first in range(0, len(up.chunks), PIECE_CHUNKS):
                 end = min(first + PIECE_CHUNKS, len(up.chunks))
                 piece = up.span(up.chunks[first].first, up.chunks[end - 1].last)
-                chunks_on_device.encode(up, self._delta, self._outbox, piece.first, piece.last, key=key)
+                chunks_on_device.encode(up, self._delta, self._outbox, piece.first, piece.last, key=key, before=before)
                 part = slice(piece.offset, piece.offset + piece.size)
                 arrivals.append((end, part, self._lane.copy(self._landing[part], self._outbox[part])))
             if self.memory is not None:

@@ -430,8 +430,9 @@ class Session:
         cuts = [(part, fragments) for part in range(fragments)]
         choices = codecs.choices(str(settings["codec"]))
         self._choice = Choice(choices)
-        self._ups = [{codec: plan(self._layout, codec, *cut) for codec in choices} for cut in cuts]
-        self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut) for cut in cuts]
+        rows = codecs.at_rows(str(settings["codec"]), str(settings["reply_codec"]))
+        self._ups = [{codec: plan(self._layout, codec, *cut, rows=rows) for codec in choices} for cut in cuts]
+        self._downs: list[Plan] = [plan(self._layout, str(settings["reply_codec"]), *cut, rows=rows) for cut in cuts]
         longest = max(up.bytes for ups in self._ups for up in ups.values())
         staging = self._driver.staging(longest, str(settings["machine"]))
         average = settings["buffers"] == "average"

@@ -266,7 +266,8 @@ class HostVectors(Vectors):
         """Block by block, while the first chunks are on their way."""
         data = self._staging[: up.bytes]
         outlived, self._outlived = self._outlived, None
-        carrier.push(self._delta, up, data, scalars, base, outlived, fragment, key=key)
+        before = None if self.memory is None else self.memory.before
+        carrier.push(self._delta, up, data, scalars, base, outlived, fragment, key=key, before=before)
         if self.memory is not None:
             self.memory.remember(self._delta, up.pieces(data))
         if self._rule.track is not None:

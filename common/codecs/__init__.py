@@ -13,6 +13,7 @@ codecs.names()         all there are
 codecs.setting(text)   the shortest way to write a codec, or auto
 codecs.choices(text)   the codecs that may be used where that is the setting
 codecs.words(text)     the names that a peer has to know for it
+codecs.at_rows(*texts) whether, where these are the settings, all plans are cut at the rows of matrices
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ def setting(text: str) -> str:
     if first != AUTO:
         return load(text).name
     lossiest = load(rest or ALLOWED)
+    if lossiest.of_columns is not None:
+        raise ConfigError(
+            f"'{text}' cannot be weighed: how long an update is in '{lossiest.name}' is up to the model, and each "
+            f"starts from the one before.",
+            fix=f"Use {lossiest.name}, or {AUTO}:int4.",
+        )
     if lossiest.lossless:
         raise ConfigError(
             f"'{text}' leaves nothing to choose: '{lossiest.name}' is what every other codec is weighed against.",
@@ -78,6 +85,11 @@ def choices(text: str) -> tuple[str, ...]:
     lossiest = load(rest or ALLOWED)
     fewest = lossiest.encoded_bytes(BLOCK_ELEMENTS)
     return (*(one for one in LADDER if load(one).encoded_bytes(BLOCK_ELEMENTS) > fewest), lossiest.name)
+
+
+def at_rows(*texts: str) -> bool:
+    """Whether plans are cut at the rows of matrices: all, where the codec of any of these settings asks for it."""
+    return any(load(one).of_columns is not None for text in texts for one in choices(text))
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,7 +11,8 @@ Laws
 * `data` starts at a multiple of 8 bytes.
 * The input is never written to. Nothing is allocated per call that grows with the block.
 * Where a codec rounds at random, the key says how: the same block and key give the same bytes, on CPU and device.
-* The device half gives the same bytes and decodes to the same bits; where a scale is a sum, one ulp of scale away.
+* The device half gives the same bytes and decodes to the same bits; where a scale is a sum, one ulp of scale away;
+  where all is sums, what the bytes decode to is the same up to `tolerance`.
 
 A codec file offers one value, `CODEC`, with what its parameters are by default. Its header gives the definition, bytes
 per element, bias class, pitfalls.
@@ -71,12 +72,14 @@ class Device(NamedTuple):
 
     encode(x, key)      x: (n,) float32 -> (encoded_bytes(n),) uint8
     decode(data, n)     data: (encoded_bytes(n),) uint8, as checked -> (n,) float32
+    warm(x, key, before) `encode` that starts from an earlier block, before: (encoded_bytes(n),) uint8
 
     together: they also take many blocks of one length at once, x: (blocks, n) and data: (blocks, encoded_bytes(n)).
     """
 
     encode: Callable[[Tensor, int], Tensor]
     decode: Callable[[Tensor, int], Tensor]
+    warm: Callable[[Tensor, int, Tensor], Tensor] | None = None
     together: bool = False
 
 
@@ -138,11 +141,19 @@ class Codec(NamedTuple):
     """Does the key matter?"""
     same_bytes: bool = True
     """Does every device give the same bytes? Not where a scale is a sum, whose last bit is up to the order."""
+    tolerance: float = 0.0
+    """How far apart, as a share of |x|, may lie what the bytes of two devices decode to, and a decoded vector and what
+    it is encoded to once more: 0 but where every value is a sum."""
     largest: float = float(np.finfo(np.float32).max)
     """Magnitudes above are refused."""
     parameters: tuple[Parameter, ...] = ()
     make: Callable[..., Codec] | None = None
     """make(*values of all parameters) -> the codec with these."""
+    warm: Callable[[F32, U8, int, U8], None] | None = None
+    """warm(x, out, key, before): `encode` that starts from where an earlier update ended, before: (encoded_bytes(n),)
+    uint8, the same block of the last that was taken. None where each update stands for itself."""
+    of_columns: Callable[[int], Codec] | None = None
+    """The same for blocks that are whole rows of a matrix with so many columns. None where shapes are nothing to it."""
     unscaled: Codec | None = None
     """What error feedback works on, where that is not this very codec."""
     remembers: bool = False

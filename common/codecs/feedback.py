@@ -11,21 +11,30 @@ Laws
   refused, withdrawn or taken back, leaves every bit.
 * One update at a time is under way; of a vector in fragments only the part that is pushed is touched.
 * e is finite: what cannot be encoded never gets here.
+* What a codec starts from that starts from its last update (`Codec.warm`) moves with e: the last update that was taken.
 
 Left out: decay (e <- beta e, which conserves nothing); a memory for replies, where the worker's replica is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 Vector: TypeAlias = Any
 """float32, an array of numpy's or a tensor: all of one memory are of one kind."""
-Piece: TypeAlias = tuple[slice, Callable[[Vector], None]]
-"""Some elements, and what decodes into a vector of so many what was sent of them."""
+
+
+class Piece(NamedTuple):
+    """Some elements of an update, and what was sent of them."""
+
+    part: slice
+    decode: Callable[[Vector], None]
+    """Into a vector of so many elements."""
+    start: Vector | None
+    """uint8: what the next update of these elements starts from, where it does."""
 
 
 class Memory:
@@ -35,6 +44,8 @@ class Memory:
         self._e = zeros(elements)
         self._next = zeros(elements)
         self._under_way: list[slice] = []
+        self._before: dict[int, Vector] = {}
+        self._before_next: dict[int, Vector] = {}
 
     def __repr__(self) -> str:
         return f"<Memory of {len(self._e):,} elements, {'an update' if self._under_way else 'nothing'} under way>"
@@ -47,14 +58,20 @@ class Memory:
             view.flags.writeable = False
         return view
 
+    @property
+    def before(self) -> Mapping[int, Vector]:
+        """By first element: what a block was encoded to in the last update that was taken, where its next one starts
+        from there."""
+        return self._before
+
     def add(self, update: Vector, first: int, last: int) -> None:
         """update: (elements,) p <- D + e, on elements [first, last)."""
         update[first:last] += self._e[first:last]
 
     def remember(self, update: Vector, pieces: Iterable[Piece]) -> None:
         """What e will be, should this update be taken. update: (elements,) p, from which `pieces` were encoded."""
-        self._under_way.clear()
-        for part, decode in pieces:
+        self._forget()
+        for part, decode, start in pieces:
             lost = self._next[part]
             decode(lost)
             if isinstance(lost, np.ndarray):
@@ -62,10 +79,18 @@ class Memory:
             else:  # the same bits: a - b is -b + a
                 lost.neg_().add_(update[part])
             self._under_way.append(part)
+            if start is not None:
+                self._before_next[part.start] = start.copy() if isinstance(start, np.ndarray) else start.clone()
 
     def settle(self, *, taken: bool) -> None:
         """The update under way was taken, or not; without one under way nothing happens."""
         if taken:
             for part in self._under_way:
                 self._e[part] = self._next[part]
+            self._before |= self._before_next
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is under way."""
         self._under_way.clear()
+        self._before_next.clear()

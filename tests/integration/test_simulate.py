@@ -86,7 +86,7 @@ def test_faults_happen_and_the_center_learns_all_the_same(tmp_path: Path) -> Non
     assert len(times) >= 4
 
 
-@pytest.mark.parametrize(("reply_codec", "times"), [("plain:int4", 4), ("plain:topk:0.05", 8)])
+@pytest.mark.parametrize(("reply_codec", "times"), [("plain:int4", 4), ("plain:topk:0.05", 8), ("plain:powersgd", 8)])
 def test_differences_are_a_fraction_of_whole_replies_and_teach_as_much(
     reply_codec: str, times: int, tmp_path: Path
 ) -> None:
@@ -99,17 +99,38 @@ def test_differences_are_a_fraction_of_whole_replies_and_teach_as_much(
     assert found["center_accuracy"] > whole["center_accuracy"] - 0.02 > 0.9
 
 
-def test_differences_with_faults_are_one_run_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reply_codec", "codec"), [("plain:int4", "topk:0.05"), ("plain:powersgd", "powersgd")])
+def test_differences_with_faults_are_one_run_too(reply_codec: str, codec: str, tmp_path: Path) -> None:
     words = {
         "replies": "difference",
-        "reply_codec": "plain:int4",
-        "codec": "topk:0.05",
+        "reply_codec": reply_codec,
+        "codec": codec,
         "local_steps": "2",
         "faults": FAULTS,
     }
     one, two = (simulate(tmp_path / n, "diloco", rule_settings=["fragments=2"], **words) for n in ("one", "two"))
     assert one["center_sha256"] == two["center_sha256"]
     assert (tmp_path / "one/run.jsonl").read_bytes() == (tmp_path / "two/run.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rule if rule in ("downpour", "diloco") else pytest.param(rule, marks=pytest.mark.slow)
+        for rule in rules.names()
+        if not rules.load(rule).schedules
+    ],
+)
+def test_factors_of_a_low_rank_teach_as_much_under_every_rule_that_takes_them(rule: str, tmp_path: Path) -> None:
+    """A rule that uploads parameters does not; one whose updates hold what was lost takes them without feedback."""
+    words = {"updates": 300, "local_steps": "1" if rule == "dc_asgd" else "4", **FOR_RULE.get(rule, {})}
+    if rule == "diloco":
+        words["rule_settings"] = ["fragments=2"]  # the border between them cuts a row
+    exact = simulate(tmp_path / "exact", rule, **words)
+    codec = "powersgd" if rules.load(rule).track is None else "plain:powersgd"
+    found = simulate(tmp_path / "factors", rule, codec=codec, **words)
+    assert found["bytes_up"] * 9 < exact["bytes_up"]
+    assert found["center_accuracy"] > exact["center_accuracy"] - 0.03 > 0.87
 
 
 def test_stragglers_do_less(tmp_path: Path) -> None:

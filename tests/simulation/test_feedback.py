@@ -27,7 +27,7 @@ from worker.trainer import Session
 
 STEPS, STEP_S = 60, 0.05
 WORKERS = 2
-CODECS = ["topk:0.05", "ef:int8", "int4", "e3m0", "sign", "ef:randomk:0.05", "topk:0.05:int8"]
+CODECS = ["topk:0.05", "ef:int8", "int4", "e3m0", "sign", "ef:randomk:0.05", "topk:0.05:int8", "powersgd"]
 FAULTS = {"none": "", "loss": "loss=0.05", "all": "loss=0.03,duplicate=0.1,reorder=0.1", "cuts": "cuts=1s"}
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import chunks, codecs
-from common.chunks import ALIGNMENT_BYTES, CHUNK_BYTES, plan
-from common.codecs.base import BLOCK_ELEMENTS, F32
+from common.chunks import ALIGNMENT_BYTES, CHUNK_BYTES, Block, Plan, plan
+from common.codecs.base import BLOCK_ELEMENTS, F32, Codec
 from common.errors import CodecError
 from common.layout import Layout, Tensor
 from common.wire import PAYLOAD_BYTES
@@ -79,7 +79,7 @@ def test_sections_have_their_codecs(codec: str, layout: Layout) -> None:
     made = plan(layout, codec)
     for index, block in enumerate(made.blocks):
         if block.last <= layout.body:
-            expected = codec
+            expected = made_for(codec, layout, block).name
         elif block.last <= layout.parameters:
             expected = codecs.load(codec).dense
             assert block.first >= layout.body
@@ -93,9 +93,92 @@ def test_sections_have_their_codecs(codec: str, layout: Layout) -> None:
 def test_plans_of_all_codecs_cut_the_same_blocks() -> None:
     """So that an update in one codec is answered in another, block by block."""
     layout = layout_of(300, 70_001, 9)
-    cuts = {tuple((block.first, block.last) for block in plan(layout, codec).blocks) for codec in codecs.names()}
-    assert len(cuts) == 1
+    anywhere = [codec for codec in codecs.names() if not codecs.at_rows(codec)]
+    assert len({cuts(plan(layout, codec)) for codec in anywhere}) == 1
+    assert len({cuts(plan(layout, codec, rows=True)) for codec in codecs.names()}) == 1
     assert plan(layout, "fp32") == plan(layout, "fp32")
+
+
+# Rows.
+
+SHAPES = [(1, 1024), (3, 1000), (700, 3), (2, 40_000), (5, 70_000), (2000, 64), (1025, 1), (40, 5, 5, 5), (300, 1024)]
+matrices = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5)
+
+
+def of_shapes(shapes: list[tuple[int, ...]], dense: int = 5, buffers: int = 3) -> Layout:
+    body = [Tensor(f"body{i}", shape, "float32", "parameter") for i, shape in enumerate(shapes)]
+    beside = [Tensor("dense", (dense,), "float32", "parameter"), Tensor("buffer", (buffers,), "float32", "buffer")]
+    return Layout((*body, *beside))
+
+
+def cuts(made: Plan) -> tuple[tuple[int, int], ...]:
+    return tuple((block.first, block.last) for block in made.blocks)
+
+
+def made_for(name: str, layout: Layout, block: Block) -> Codec:
+    """What a block of the body is to be encoded in, from its place alone."""
+    codec, start = codecs.load(name), 0
+    if codec.of_columns is None:
+        return codec
+    dense = codecs.load(codec.dense)
+    for tensor in layout.tensors:
+        if start <= block.first < start + tensor.elements:
+            columns = tensor.elements // tensor.shape[0]
+            assert block.last <= start + tensor.elements, "of one tensor"
+            whole = (block.first - start) % columns == 0 == (block.last - start) % columns
+            fitting, n = codec.of_columns(columns), block.last - block.first
+            return fitting if whole and fitting.encoded_bytes(n) < dense.encoded_bytes(n) else dense
+        start += tensor.elements
+    raise AssertionError("beyond the layout")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(shapes=matrices, fragments=st.integers(1, 4), name=st.sampled_from(["powersgd", "powersgd:4", "int8"]))
+def test_cut_at_rows_every_element_is_in_one_block_of_what_it_is_made_for(
+    shapes: list[tuple[int, ...]], fragments: int, name: str
+) -> None:
+    layout, end = of_shapes(shapes), 0
+    for part in range(fragments):
+        made = plan(layout, name, part, fragments, rows=True)
+        assert cuts(made) == cuts(plan(layout, "fp32", part, fragments, rows=True))
+        assert made.part == slice(*(layout.parameters * at // fragments for at in (part, part + 1)))
+        for block in made.blocks:
+            assert block.first == end < block.last <= end + BLOCK_ELEMENTS
+            end = block.last
+            if block.last <= layout.body:
+                assert block.codec is made_for(name, layout, block)
+    assert end == layout.elements
+
+
+def test_what_of_a_matrix_travels_in_factors() -> None:
+    """As many whole rows as fit a block; the rest, rows that no block holds, and what would not be shorter: halves."""
+    matrix = codecs.load("powersgd")
+
+    def factored(*shape: int, fragments: int = 1) -> list[tuple[int, int]]:
+        layout = of_shapes([shape])
+        plans = [plan(layout, "powersgd", part, fragments) for part in range(fragments)]
+        return [(b.first, b.last) for each in plans for b in each.blocks if b.codec.warm is not None]
+
+    assert matrix.of_columns is not None
+    assert factored(64, 1024) == [(0, 65_536)]
+    assert factored(70, 1024) == [(0, 65_536), (65_536, 71_680)]
+    assert factored(66, 1024) == [(0, 65_536)], "of two rows the factors would be longer"
+    assert factored(70, 1024, fragments=2) == [(0, 35 * 1024), (36 * 1024, 70 * 1024)], "row 35 is cut"
+    assert factored(5, 70_000) == []
+    assert factored(700, 3) == []
+
+
+@pytest.mark.parametrize("up", ["fp32", "int4", "bf16"])
+def test_no_plan_is_another_where_no_codec_works_on_matrices(up: str) -> None:
+    """Blocks begin at multiples of the longest, whatever the tensors are."""
+    layout = of_shapes(SHAPES, 70_001)
+    assert not codecs.at_rows(up, "fp32")
+    assert codecs.at_rows("fp32", "plain:powersgd")
+    starts = [*range(0, layout.body, BLOCK_ELEMENTS), *range(layout.body, layout.parameters, BLOCK_ELEMENTS)]
+    assert [block.first for block in plan(layout, up).blocks] == [*starts, layout.parameters]
+
+
+# Pieces.
 
 
 def values(elements: int) -> F32:

@@ -9,6 +9,7 @@ import torch
 from common import chunks_on_device, codecs
 from common.chunks import Plan, plan
 from common.codecs.base import BLOCK_ELEMENTS, F32, U8
+from common.codecs.feedback import Memory
 from common.errors import Code, CodecError
 from common.layout import Layout, Tensor
 
@@ -65,7 +66,7 @@ def test_pieces_are_all_parameters_in_order(name: str) -> None:
         up = plan(LAYOUT, name, fragment, 2)
         data, at = encoded(up, x), up.part.start
         up.decode(data, values)
-        for part, decode in chunks_on_device.pieces(up, torch.from_numpy(data)):
+        for part, decode, _ in chunks_on_device.pieces(up, torch.from_numpy(data)):
             assert part.start == at
             found = torch.full((part.stop - part.start,), torch.nan)
             decode(found)
@@ -111,3 +112,32 @@ def test_nan_and_infinity_are_refused_in_every_block(name: str, bad: float) -> N
         with pytest.raises(CodecError) as caught:
             chunks_on_device.encode(up, x, torch.zeros(up.bytes, dtype=torch.uint8), key=KEY)
         assert caught.value.code is Code.NON_FINITE
+
+
+@every_device
+def test_a_matrix_goes_on_from_the_update_that_was_taken(device: str) -> None:
+    """As on arrays: what is decoded agrees, up to rounding, and only an update that was taken is a start."""
+    layout = Layout((Tensor("body", (600, 300), "float32", "parameter"),))
+    random = np.random.default_rng(2)
+    x = (random.standard_normal((600, 6)) @ random.standard_normal((6, 300))).astype(np.float32).ravel()
+    up = plan(layout, "powersgd")
+    host, there = Memory(x.size), Memory(x.size, lambda n: torch.zeros(n, device=device))
+    lost = []
+    for taken in (True, False, True, True):
+        p, q = x.copy(), torch.from_numpy(x).to(device)
+        known, data = np.zeros(up.bytes, np.uint8), torch.zeros(up.bytes, dtype=torch.uint8, device=device)
+        up.encode(p, known, key=KEY, before=host.before)
+        chunks_on_device.encode(up, q, data, key=KEY, before=there.before)
+        values, found = np.zeros_like(x), torch.zeros_like(q)
+        up.decode(known, values)
+        chunks_on_device.decode(up, data, found)
+        np.testing.assert_allclose(found.cpu().numpy(), values, atol=1e-3 * np.abs(values).max())
+        host.remember(p, up.pieces(known))
+        there.remember(q, chunks_on_device.pieces(up, data))
+        before = {first: bytes(start) for first, start in host.before.items()}
+        for memory in (host, there):
+            memory.settle(taken=taken)
+        assert (before == {first: bytes(start) for first, start in host.before.items()}) == (not taken)
+        assert host.before.keys() == there.before.keys()
+        lost.append(float(np.linalg.norm(p - values)) / float(np.linalg.norm(p)))
+    assert lost[-1] < lost[0]

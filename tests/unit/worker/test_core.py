@@ -818,6 +818,23 @@ def test_a_server_that_comes_back_with_another_codec_is_sent_nothing(resumed: An
     assert not bench.told()
 
 
+@pytest.mark.parametrize(("codec", "other"), [("bf16", False), ("plain:powersgd", True)])
+def test_another_codec_of_replies_is_another_server_where_plans_are_cut_by_it(codec: str, other: bool) -> None:
+    """Cut at the rows of matrices, updates have other blocks, and perhaps as many bytes."""
+    bench = joined(LARGE)
+    bench.does(worker.LinkLost())
+    bench.told()
+    bench.news()
+    bench.hears(bench.welcome(connection=2, resumed="live", settings=SETTINGS | {"reply_codec": codec}))
+    refused = [one.error.sentence for one in bench.news() if isinstance(one, worker.Failed)]
+    assert (
+        refused
+        == [f"The server has come back with reply_codec {codec}; this worker joined it with reply_codec fp32."][
+            : int(other)
+        ]
+    )
+
+
 # Shared memory
 
 MINE, THEIRS = Place(1, 2, 3, "aa"), Place(4, 5, 6, "bb")

@@ -29,7 +29,7 @@ def pushed(memory: Memory, plan: chunks.Plan, d: F32, number: int = 1) -> F32:
     """What arrives of D; the memory then waits to be settled."""
     p, data, arrived = d.copy(), np.zeros(plan.bytes, np.uint8), np.zeros_like(d)
     memory.add(p, 0, d.size)
-    plan.encode(p, data, key=draws.of_push(0, "w", number))
+    plan.encode(p, data, key=draws.of_push(0, "w", number), before=memory.before)
     memory.remember(p, plan.pieces(data))
     plan.decode(data, arrived)
     return arrived

@@ -28,6 +28,8 @@ from common.errors import ConfigError
         ("ef:randomk", "ef:randomk", True),
         ("bf16:stochastic", "bf16:stochastic", False),
         ("ef:bf16:nearest", "ef:bf16", True),
+        ("powersgd:2", "powersgd", True),
+        ("plain:powersgd:4", "plain:powersgd:4", False),
     ],
 )
 def test_every_codec_has_one_shortest_name(text: str, name: str, remembers: bool) -> None:
@@ -52,6 +54,8 @@ def test_every_codec_has_one_shortest_name(text: str, name: str, remembers: bool
         ("topk:2", "density of codec 'topk' cannot be '2'"),
         ("topk:0.1:bf16", "values of codec 'topk' cannot be 'bf16'"),
         ("qsgd:128", "levels of codec 'qsgd' cannot be '128'"),
+        ("powersgd:0", "rank of codec 'powersgd' cannot be '0'"),
+        ("powersgd:65", "rank of codec 'powersgd' cannot be '65'"),
         ("randomk:0", "density of codec 'randomk' cannot be '0'"),
         ("bf16:up", "rounding of codec 'bf16' cannot be 'up'"),
         ("x" * 65, "at most 64 characters"),
