@@ -827,9 +827,12 @@ def test_another_codec_of_replies_is_another_server_where_plans_are_cut_by_it(co
     bench.news()
     bench.hears(bench.welcome(connection=2, resumed="live", settings=SETTINGS | {"reply_codec": codec}))
     refused = [one.error.sentence for one in bench.news() if isinstance(one, worker.Failed)]
-    assert refused == [f"The server has come back with reply_codec {codec}; this worker joined it with reply_codec fp32."][
-        : int(other)
-    ]
+    assert (
+        refused
+        == [f"The server has come back with reply_codec {codec}; this worker joined it with reply_codec fp32."][
+            : int(other)
+        ]
+    )
 
 
 # Shared memory
