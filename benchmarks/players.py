@@ -47,19 +47,9 @@ from common.messages import Optimizer, Scalars
 from common.query import status
 from paramserver.daemon import Daemon
 from paramserver.snapshots import BUFFERS
-from worker.core import (
-    LOSSLESS,
-    Failed,
-    Fetched,
-    InitialWeights,
-    Joined,
-    Leave,
-    NeedWeights,
-    PullWanted,
-    Settled,
-    WorkerCore,
-)
+from worker.core import LOSSLESS, WorkerCore
 from worker.driver import SWITCH_INTERVAL_S, Driver
+from worker.events import Failed, Fetched, InitialWeights, Joined, Leave, NeedWeights, PullWanted, Settled
 
 MB = 1_000_000
 START, STEP = 0.5, 1.0

@@ -64,6 +64,7 @@ from common.node import JobDone, Node, Received, Released, Run, Send, Tick
 from common.simulator import EVENTS_AT_ONCE, LATE_S, Conditions, Host, Link, Pipe, World, unsent
 from paramserver.core import Attach, Attached, Detach, Exit, Recovered, Save, Saved, SaveFailed, ServerCore, Stop
 from worker import core as worker
+from worker import events
 from worker.core import WorkerCore
 
 
@@ -218,11 +219,11 @@ class Trainer:
         match action:
             case Send(_, frames):
                 self.link.up(frames)
-            case worker.Redial():
+            case events.Redial():
                 self.link.close()
                 self.link = self.cluster.dialled(self)
-                self.host.soon(worker.Dialled())
-            case worker.Deliver(news):
+                self.host.soon(events.Dialled())
+            case events.Deliver(news):
                 self.take(news)
 
     def train(self) -> None:
@@ -240,10 +241,10 @@ class Trainer:
         plan.encode(self.update(s), data)
         chunks = len(plan.chunks)
         ready = chunks if chunks == 1 else self.cluster.random.randrange(chunks)
-        self.cluster.work(self, worker.PushWanted(data, plan.codec, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
+        self.cluster.work(self, events.PushWanted(data, plan.codec, Scalars(0.5, 8, 1, 0.1), self.seen, ready))
         self.numbers[self.core.membership.token, self.core.membership.last_number] = s
         if ready < chunks:
-            self.cluster.after(0.001, partial(self.cluster.work, self, worker.Encoded(chunks)))
+            self.cluster.after(0.001, partial(self.cluster.work, self, events.Encoded(chunks)))
 
     def staging(self, size: int) -> U8:
         """(size,) where the next push is encoded."""
@@ -279,11 +280,11 @@ class Trainer:
     def take(self, news: Any) -> None:
         """React to the core's news."""
         match news:
-            case worker.NeedWeights():
+            case events.NeedWeights():
                 plan = self.core.plan(worker.LOSSLESS)
                 zeros = np.zeros(plan.bytes, np.uint8)
-                self.cluster.after(0.0, partial(self.cluster.work, self, worker.InitialWeights(zeros)))
-            case worker.Settled(number=number, outcome=outcome, code=code, base=base, values=values):
+                self.cluster.after(0.0, partial(self.cluster.work, self, events.InitialWeights(zeros)))
+            case events.Settled(number=number, outcome=outcome, code=code, base=base, values=values):
                 s = self.numbers[self.core.membership.token, number]
                 assert s == self.in_flight, f"{self} was told of update {s}"
                 self.in_flight = None
@@ -293,21 +294,21 @@ class Trainer:
                 else:
                     self.rejected[s] = code
                     self.reanchoring = True
-                    self.cluster.after(0.0, partial(self.cluster.work, self, worker.PullWanted("anchor")))
-            case worker.Orphaned(pushed=pushed):
+                    self.cluster.after(0.0, partial(self.cluster.work, self, events.PullWanted("anchor")))
+            case events.Orphaned(pushed=pushed):
                 assert self.in_flight is not None
                 self.unknown.add(self.in_flight) if pushed else self.again.append(self.in_flight)
                 self.in_flight, self.reanchoring = None, True
-            case worker.Fetched(base=base, values=values):
+            case events.Fetched(base=base, values=values):
                 self.reanchoring = False
                 self.merge(base, values)
-            case worker.Away():
+            case events.Away():
                 self.away = True
-            case worker.Back():
+            case events.Back():
                 self.away = False
-            case worker.Finished():
+            case events.Finished():
                 self.finished = True
-            case worker.Failed(error):
+            case events.Failed(error):
                 self.failed = error
 
     def merge(self, base: Version, center: F32 | None) -> None:
@@ -416,7 +417,7 @@ class Cluster:
         if len(self.trainers) < self.most_workers:
             trainer = self.trainer(self, len(self.trainers))
             self.trainers.append(trainer)
-            self.work(trainer, worker.Dialled())
+            self.work(trainer, events.Dialled())
             self.after(self.train_s, trainer.train)
 
     def work(self, trainer: Trainer, event: Any) -> None:
@@ -518,7 +519,7 @@ class Cluster:
 
     def cut(self, link: Link) -> None:
         """Break a connection; its worker hears of it at once, or only by silence."""
-        link.cut(worker.LinkLost())
+        link.cut(events.LinkLost())
 
     def cut_one(self) -> None:
         """Break the connection of any worker."""

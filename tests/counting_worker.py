@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from worker import core, join
+from worker import events, join
 
 WORKERS, STEPS_LIMIT, GUARD = 4, 4000, 1000
 STEP_S = 0.003
@@ -40,12 +40,12 @@ def main(address: str, name: str, index: int, steps: int, output: Path) -> None:
         post, take = session._driver.post, session._take
 
         def spy_post(event: object) -> None:
-            if isinstance(event, core.PushWanted):
+            if isinstance(event, events.PushWanted):
                 pushes.append(event.scalars.steps)
             post(event)
 
         def spy_take(news: object) -> None:
-            if isinstance(news, core.Undone):
+            if isinstance(news, events.Undone):
                 undone.append((news.first, news.last))
             take(news)
 

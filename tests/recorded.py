@@ -14,7 +14,7 @@ from paramserver.checkpoint import as_read, fingerprint
 from paramserver.core import Recovered, ServerCore
 from paramserver.recorder import Recorder
 from tests.cluster import Cluster, Trainer
-from worker import core as worker
+from worker import events
 
 LIMIT_BYTES = 64 << 20
 
@@ -25,7 +25,7 @@ class Listener(Trainer):
     def train(self) -> None:
         super().train()
         if self.done and not self.dead and not self.away and self.core.phase == "joined":
-            self.cluster.work(self, worker.Leave("done"))
+            self.cluster.work(self, events.Leave("done"))
 
     def merge(self, base: Version, center: F32 | None) -> None:
         """Any center will do."""

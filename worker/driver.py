@@ -41,7 +41,8 @@ from common.shared import Memory
 from common.transports import SharingEndpoint
 from common.transports.base import SERVER
 from common.transports.lines import Door, Line
-from worker.core import (
+from worker.core import WorkerCore
+from worker.events import (
     Attach,
     CannotAttach,
     Deliver,
@@ -52,7 +53,6 @@ from worker.core import (
     Redial,
     Staged,
     Withdrawn,
-    WorkerCore,
 )
 from worker.interrupts import Interrupts
 

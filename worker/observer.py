@@ -15,9 +15,10 @@ from common import LIBRARY
 from common.binding import Binding, layout_of
 from common.errors import NetworkError, Refused
 from common.messages import Version
-from worker import core
-from worker.core import PullWanted, WorkerCore
+from worker import events
+from worker.core import WorkerCore
 from worker.driver import Machine
+from worker.events import PullWanted
 
 
 class Observer:
@@ -53,15 +54,15 @@ class Observer:
         deadline = self._now() + timeout_s
         while (left := deadline - self._now()) > 0:
             match self._driver.news(left):
-                case core.Fetched(base=version, values=values):
+                case events.Fetched(base=version, values=values):
                     self._binding.scatter(values)
                     return version
-                case core.Finished():
+                case events.Finished():
                     self.finished = True
-                case core.Failed(error):
+                case events.Failed(error):
                     self._left = True
                     raise Refused(error.code, error.sentence, fix=error.fix)
-                case core.Left():
+                case events.Left():
                     self._left = True
                     raise NetworkError(f"{self._address} ended the observer's session.", fix="Observe it again.")
         raise NetworkError(
@@ -72,7 +73,7 @@ class Observer:
         """Say Bye. A second call does nothing."""
         if not self._left:
             self._left = True
-            self._driver.post(core.Leave("has seen enough"))
+            self._driver.post(events.Leave("has seen enough"))
             self._driver.close(2.0)
 
     def __enter__(self) -> Self:

@@ -27,8 +27,8 @@ from common.binding import Binding
 from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.messages import Scalars, Version
-from worker.core import Encoded, PushWanted
 from worker.driver import Carrier
+from worker.events import Encoded, PushWanted
 from worker.lanes import Arrival, Lane, lane_of
 from worker.vectors import HostVectors, Vectors
 

@@ -37,11 +37,12 @@ from common.codecs.base import F32
 from common.errors import Code, CodecError, NetworkError, Refused, UsageError
 from common.messages import NOWHERE, Optimizer, Order, Scalar, Scalars, Version
 from common.wire import PAYLOAD_BYTES
-from worker import core
+from worker import core, events
 from worker.choosing import Choice
-from worker.core import PullWanted, WorkerCore
+from worker.core import WorkerCore
 from worker.diversity import Gradients, Meter
 from worker.driver import Machine
+from worker.events import PullWanted
 from worker.on_device import vectors_of
 from worker.vectors import Start, rule_facts
 
@@ -154,12 +155,12 @@ class Session:
         self._rejected_in_a_row = 0
         self._away = False
         self._left = False
-        self._evaluated: core.Fetched | None = None
+        self._evaluated: events.Fetched | None = None
         self._order: Order | None = None
         """What the server last said is next, under a rule that schedules."""
-        self._early: core.Settled | None = None
+        self._early: events.Settled | None = None
         """A reply that is here before the rule wants it merged."""
-        self._pulled: core.Fetched | None = None
+        self._pulled: events.Fetched | None = None
         self._encoded = 0
         """Pushes that were encoded, of all sessions."""
         self._loss = 0.0
@@ -227,7 +228,7 @@ class Session:
             self._samples += samples
             self._meter.stepped(self.steps, samples)
             diversity = self._meter.take() if self._rule.schedules else None
-            self._driver.post(core.Progress(self.steps, self._samples, self._loss, diversity=diversity))
+            self._driver.post(events.Progress(self.steps, self._samples, self._loss, diversity=diversity))
         else:
             self._meter.skipped()
         self._take_news()
@@ -322,7 +323,7 @@ class Session:
             if order.upload or order.pull:
                 if self._order is order:
                     self._order = replace(order, upload=False, pull=())
-                self._driver.post(core.Progress(self.steps, self._samples, self._loss, obeyed=True))
+                self._driver.post(events.Progress(self.steps, self._samples, self._loss, obeyed=True))
             if may_train():
                 return
 
@@ -337,7 +338,7 @@ class Session:
         self.exchanges.bytes_down += self._core.plan(str(self.settings["reply_codec"])).bytes
         self._base = pulled.base
 
-    def _take_pulled(self) -> core.Fetched | None:
+    def _take_pulled(self) -> events.Fetched | None:
         pulled, self._pulled = self._pulled, None
         return pulled
 
@@ -356,7 +357,7 @@ class Session:
         Binding(found, self._layout).scatter(fetched.values)
         return found
 
-    def _take_evaluated(self) -> core.Fetched | None:
+    def _take_evaluated(self) -> events.Fetched | None:
         fetched, self._evaluated = self._evaluated, None
         return fetched
 
@@ -419,7 +420,7 @@ class Session:
             if self.finished and self._core.phase == "ended":
                 return
 
-    def _adopt(self, joined: core.Joined) -> None:
+    def _adopt(self, joined: events.Joined) -> None:
         settings = joined.welcome.settings
         self._rule = rules.load(str(settings["rule"]))
         self._config = rules.configure(self._rule, joined.welcome.rule_settings)
@@ -462,7 +463,7 @@ class Session:
             return
         self.exchanges.bytes_up += up.bytes
 
-    def _settled(self, news: core.Settled, *, early: bool) -> None:
+    def _settled(self, news: events.Settled, *, early: bool) -> None:
         if self._in_flight is None:
             return  # withdrawn meanwhile
         self._vectors.settle(taken=news.outcome == "applied")
@@ -523,7 +524,7 @@ class Session:
                 else "Change what it was refused for, on the server or here.",
             )
 
-    def _reanchored(self, news: core.Fetched) -> None:
+    def _reanchored(self, news: events.Fetched) -> None:
         """Go on from this center: x <- c + (x - what was pushed or dropped), anchor <- c.
 
         Under a rule whose workers keep parameters of their own, x stays; only the anchor is new.
@@ -551,7 +552,7 @@ class Session:
             start = "anchor"
         self._vectors.go_on_from(center, start, moved=self._progress.steps > 0)
 
-    def _orphaned(self, news: core.Orphaned) -> None:
+    def _orphaned(self, news: events.Orphaned) -> None:
         """The session was lost under a push: take it back only where it was surely not applied."""
         if self._in_flight is None:
             return  # taken back already
@@ -574,36 +575,36 @@ class Session:
         match news:
             case None:
                 pass
-            case core.Joined():
+            case events.Joined():
                 self._adopt(news)
-            case core.NeedWeights():
+            case events.NeedWeights():
                 self._send_weights()
-            case core.Settled():
+            case events.Settled():
                 self._settled(news, early=True)
-            case core.Orphaned():
+            case events.Orphaned():
                 self._orphaned(news)
-            case core.Fetched(purpose="anchor"):
+            case events.Fetched(purpose="anchor"):
                 self._reanchored(news)
-            case core.Fetched(purpose="order"):
+            case events.Fetched(purpose="order"):
                 self._pulled = news
-            case core.Ordered(order):
+            case events.Ordered(order):
                 self._order = order
-            case core.Fetched():
+            case events.Fetched():
                 self._evaluated = news
-            case core.Away(sentence):
+            case events.Away(sentence):
                 self._away = True
                 self.exchanges.away += 1
                 log.warning("%s; training goes on", sentence)
-            case core.Undone(first, last):
+            case events.Undone(first, last):
                 self.exchanges.undone += last - first + 1
-            case core.Back():
+            case events.Back():
                 self._away = False
                 log.warning("the server answers again")
-            case core.Finished():
+            case events.Finished():
                 self.finished = True
-            case core.Left():
+            case events.Left():
                 self._left = True
-            case core.Failed(error):
+            case events.Failed(error):
                 self._left = True
                 raise Refused(error.code, error.sentence, fix=error.fix)
 
@@ -616,7 +617,7 @@ class Session:
         # they are the anchor from here on: a server that lost its state starts from these, not from older ones
         self._in_flight = None
         self._progress = Progress()
-        self._driver.post(core.InitialWeights(data))
+        self._driver.post(events.InitialWeights(data))
 
     def _wait_until_settled(self) -> None:
         """Wait for the push in flight, unless the server is away: then training goes on."""
@@ -646,11 +647,11 @@ class Session:
                 return
 
     def _part(self, reason: str, *, timeout_s: float) -> None:
-        self._driver.post(core.Leave(reason))
+        self._driver.post(events.Leave(reason))
         deadline = self._now() + timeout_s
         while not self._left and (left := deadline - self._now()) > 0:
             news = self._driver.news(left)
-            if isinstance(news, core.Left):
+            if isinstance(news, events.Left):
                 break
         self._left = True
         self._driver.close(timeout_s)

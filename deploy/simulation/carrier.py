@@ -15,8 +15,9 @@ from typing import Any
 from common.node import Say, Send
 from common.simulator import Host, Link
 from deploy.simulation.fibers import Fiber
-from worker.core import Deliver, Dialled, Left, LinkLost, Redial, WorkerCore
+from worker.core import WorkerCore
 from worker.driver import Carrier
+from worker.events import Deliver, Dialled, Left, LinkLost, Redial
 
 Dial = Callable[[Host], Link]
 """dial(host): a fresh connection to the server."""

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from common.config import WorkerSettings
 from common.errors import ParamserverError
 from common.messages import Scalars
-from worker import core
+from worker import events
 from worker.core import WorkerCore
 from worker.loop import WorkerReport
 
@@ -196,5 +196,5 @@ def _plainly(kind: type[Any]) -> None:
     copyreg.pickle(kind, lambda value: (kind, (names(value),) if single else names(value)))
 
 
-for _kind in (core.Progress, core.PushWanted, core.Settled, Scalars):  # what every step and exchange brings
+for _kind in (events.Progress, events.PushWanted, events.Settled, Scalars):  # what every step and exchange brings
     _plainly(_kind)

@@ -44,7 +44,7 @@ from common.config import ServerSettings
 from common.errors import ParamserverError
 from deploy.simulation.pipe import Carry, Close, Compute, Computed, End, Life, Pipe, Said, Wait
 from paramserver import daemon
-from worker import core, loop, tasks
+from worker import events, loop, tasks
 from worker.core import WorkerCore
 from worker.driver import Carrier, Machine
 from worker.loop import WorkerReport
@@ -155,8 +155,8 @@ class _Remote:
 
     def post(self, event: Any) -> None:
         """To be said with the next wish; one vector at a time."""
-        if isinstance(event, core.PushWanted | core.InitialWeights) and any(
-            isinstance(posted, core.PushWanted | core.InitialWeights) for posted in self._posts
+        if isinstance(event, events.PushWanted | events.InitialWeights) and any(
+            isinstance(posted, events.PushWanted | events.InitialWeights) for posted in self._posts
         ):
             self.ask(Wait(0.0))
         self._posts.append(event)
@@ -200,7 +200,7 @@ class _RemoteCarrier(Carrier):
 
     def post(self, event: Any) -> None:
         """To the core, before anything else happens there."""
-        if isinstance(event, core.PushWanted):
+        if isinstance(event, events.PushWanted):
             self._remote.spare = event.spare if event.spare is not None else self._remote.spare
             event = replace(event, spare=None)
         self._remote.post(event)

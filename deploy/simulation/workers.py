@@ -32,8 +32,9 @@ from deploy.simulation.fibers import Fiber
 from deploy.simulation.pipe import Carry, Close, Compute, Computed, End, Life, Said, Told, Wait
 from deploy.simulation.remote import seed
 from deploy.simulation.scenario import Scenario
-from worker.core import PushWanted, WorkerCore
+from worker.core import WorkerCore
 from worker.driver import Machine
+from worker.events import PushWanted
 from worker.loop import WorkerReport
 from worker.session import Membership
 

@@ -27,7 +27,7 @@ from common.messages import Scalars
 from common.transports.base import SERVER
 from tests.cluster import LARGE
 from tests.processes import ROOT, Process, Server, cleaned_up, until
-from worker import core, join
+from worker import events, join
 from worker.core import WorkerCore
 from worker.driver import Driver
 
@@ -44,12 +44,12 @@ class Peer:
     def __init__(self, address: str, name: str = "w") -> None:
         self.core = WorkerCore(name=name, instance=os.urandom(8).hex(), library="test", layout=LARGE, optimizer=None)
         self.driver = Driver(self.core, address)
-        joined = self.told(core.Joined)
+        joined = self.told(events.Joined)
         settings = joined.welcome.settings
         self.plan = self.core.plan(str(settings["codec"]))
         self.data = self.driver.staging(self.plan.bytes, str(settings["machine"]))
-        while not isinstance(fetched := self.told(core.NeedWeights | core.Fetched), core.Fetched):
-            self.driver.post(core.InitialWeights(np.zeros(self.core.plan("fp32").bytes, np.uint8)))
+        while not isinstance(fetched := self.told(events.NeedWeights | events.Fetched), events.Fetched):
+            self.driver.post(events.InitialWeights(np.zeros(self.core.plan("fp32").bytes, np.uint8)))
         self.base, self.center = fetched.base, fetched.values
         if settings["machine"]:
             self.shares()
@@ -64,22 +64,22 @@ class Peer:
         while True:
             news = self.driver.news(PATIENCE_S)
             assert news is not None, f"no {kind}"
-            assert not isinstance(news, core.Failed), news
+            assert not isinstance(news, events.Failed), news
             if isinstance(news, kind):
                 return news
 
-    def push(self, flat: F32 | None = None) -> core.Settled:
+    def push(self, flat: F32 | None = None) -> events.Settled:
         """Push `flat`, or what lies in the memory by then."""
         if flat is not None:
             self.plan.encode(flat, self.data)
-        self.driver.post(core.PushWanted(self.data, self.plan.codec, SCALARS, self.base, len(self.plan.chunks)))
-        settled: core.Settled = self.told(core.Settled)
+        self.driver.post(events.PushWanted(self.data, self.plan.codec, SCALARS, self.base, len(self.plan.chunks)))
+        settled: events.Settled = self.told(events.Settled)
         if settled.values is not None:
             self.base, self.center = settled.base, settled.values
         return settled
 
     def leave(self) -> None:
-        self.driver.post(core.Leave("done"))
+        self.driver.post(events.Leave("done"))
         self.driver.close(PATIENCE_S)
         assert not self.driver._thread.is_alive()
 
@@ -365,12 +365,12 @@ def test_a_killed_server_is_shared_with_anew_when_it_is_back(tmp_path: Path) -> 
                 lambda: row(processes[-1], "w")["updates"] and processes[-1].status()["durable"] != "0.0",
                 "a checkpoint",
             )
-            peer.driver.post(core.PushWanted(peer.data, peer.plan.codec, SCALARS, peer.base, len(peer.plan.chunks)))
+            peer.driver.post(events.PushWanted(peer.data, peer.plan.codec, SCALARS, peer.base, len(peer.plan.chunks)))
             server.kill()
             server = Server(tmp_path, *flags, address=server.address)
             processes.append(server)
-            news = peer.told(core.Settled | core.Orphaned)
-            fetched = peer.told(core.Fetched) if isinstance(news, core.Orphaned) else news
+            news = peer.told(events.Settled | events.Orphaned)
+            fetched = peer.told(events.Fetched) if isinstance(news, events.Orphaned) else news
             assert fetched.values is not None
             peer.base, peer.center = fetched.base, fetched.values
             peer.shares()

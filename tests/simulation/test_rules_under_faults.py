@@ -26,7 +26,7 @@ from common.rules import elastic
 from common.rules.easgd import RULE as EASGD
 from tests.cluster import Cluster, Faults, Trainer, check_counting
 from tests.simulation.test_exactly_once import FAULTS, seeds
-from worker import core as worker
+from worker import events
 
 CONFIG = EASGD.Config()
 SEEDS = 3
@@ -41,7 +41,7 @@ class Leaver(Trainer):
     def train(self) -> None:
         super().train()
         if self.done and not self.dead and not self.away and self.core.phase == "joined":
-            self.cluster.work(self, worker.Leave("done"))
+            self.cluster.work(self, events.Leave("done"))
 
 
 class Rounder(Leaver):
@@ -94,8 +94,8 @@ class Elastic(Leaver):
 
     def take(self, news: Any) -> None:
         """Nothing is ever lost for good here, so no session is."""
-        assert not isinstance(news, worker.Orphaned), f"{self} lost its session"
-        if isinstance(news, worker.Fetched):
+        assert not isinstance(news, events.Orphaned), f"{self} lost its session"
+        if isinstance(news, events.Fetched):
             self.anchor[:] = news.values  # x is its own, but for the first time
             self.x[:] = news.values if self.wants_center else self.x
             self.wants_center = self.reanchoring = False

@@ -38,7 +38,7 @@ from tests.simulation.test_rules_under_faults import (
     check_rounds,
     ran,
 )
-from worker import core as worker
+from worker import events
 
 POISON = 0x7F
 """As float32 it is finite, and so large that nobody overlooks it."""
@@ -115,11 +115,11 @@ class Shares(Trainer):
         super().__init__(cluster, row)
 
     def take(self, news: Any) -> None:
-        if isinstance(news, worker.Joined):
+        if isinstance(news, events.Joined):
             plan = self.core.plan(str(news.welcome.settings["codec"]))
             self.mark, self.memory = self.cluster.made(plan.bytes)
             place = Place(self.row + 1, 3, plan.bytes, self.mark)
-            self.cluster.after(0.0, partial(self.cluster.work, self, worker.Staged(place)))
+            self.cluster.after(0.0, partial(self.cluster.work, self, events.Staged(place)))
         super().take(news)
 
     def staging(self, size: int) -> U8:
@@ -127,10 +127,10 @@ class Shares(Trainer):
         return self.memory[:size]
 
     def do(self, action: Any) -> None:
-        if not isinstance(action, worker.Attach):
+        if not isinstance(action, events.Attach):
             super().do(action)
         elif action.place.mark not in self.cluster.memories or self.cluster.random.random() < FAILS:
-            self.cluster.work(self, worker.CannotAttach("It is elsewhere."))
+            self.cluster.work(self, events.CannotAttach("It is elsewhere."))
         else:
             self.link.theirs = action.place.mark, self.cluster.memories[action.place.mark]
             self.link.mine = self.memory

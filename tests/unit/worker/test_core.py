@@ -40,7 +40,7 @@ from common.messages import (
 from common.node import Received, Send, Tick
 from common.transports.base import SERVER
 from tests.cluster import LARGE, SMALL
-from worker import core as worker
+from worker import events
 from worker.core import WorkerCore
 
 LONGEST_BYTES = 1 << 24
@@ -73,7 +73,7 @@ class Bench:
         """Memory that it wants attached; whether it can be, the test says."""
         self._told: list[Message] = []
         self._news: list[Any] = []
-        self.does(worker.Dialled())
+        self.does(events.Dialled())
 
     def does(self, event: Any) -> None:
         actions = self.core.handle(event, self.now)
@@ -82,12 +82,12 @@ class Bench:
             match action:
                 case Send(_, frames):
                     self._told.append(wire.decode([bytes(frame) for frame in frames], payload_bytes=LONGEST_BYTES))
-                case worker.Redial():
+                case events.Redial():
                     self.redials += 1
-                    self.does(worker.Dialled())
-                case worker.Attach(place):
+                    self.does(events.Dialled())
+                case events.Attach(place):
                     self.attaches.append(place)
-                case worker.Deliver(news):
+                case events.Deliver(news):
                     self._news.append(news)
 
     def hears(self, *messages: Message) -> None:
@@ -159,7 +159,7 @@ class Bench:
         plan = self.core.plan("fp32")
         data = np.zeros(plan.bytes, np.uint8)
         self.does(
-            worker.PushWanted(data, plan.codec, SCALARS, base, len(plan.chunks) if ready is None else ready, spare)
+            events.PushWanted(data, plan.codec, SCALARS, base, len(plan.chunks) if ready is None else ready, spare)
         )
 
 
@@ -183,7 +183,7 @@ def test_joining_a_server_that_has_weights(layout: Layout) -> None:
     assert hello.resume is None
     assert bytes(hello.payload) == layout.describe()
     bench.hears(bench.welcome())
-    assert [type(one) for one in bench.news()] == [worker.Joined]
+    assert [type(one) for one in bench.news()] == [events.Joined]
     [pull] = bench.told()
     assert (pull.purpose, pull.session, pull.connection) == ("anchor", "s", 1)
     bench.anchor(Version(1, 7))
@@ -197,10 +197,10 @@ def test_supplying_the_first_weights(layout: Layout) -> None:
     bench = Bench(layout)
     bench.hears(bench.welcome(init="wait"))
     bench.hears(bench.welcome(init="send"))
-    assert bench.news(worker.NeedWeights)
+    assert bench.news(events.NeedWeights)
     plan = bench.core.plan("fp32")
     bench.told()
-    bench.does(worker.InitialWeights(np.zeros(plan.bytes, np.uint8)))
+    bench.does(events.InitialWeights(np.zeros(plan.bytes, np.uint8)))
     if layout is LARGE:
         [begin] = bench.told()
         assert (begin.kind, begin.number, begin.bytes) == ("init", 0, plan.bytes)
@@ -222,10 +222,10 @@ def test_weights_of_another_are_adopted_also_in_the_middle_of_sending(layout: La
     """It was too slow, and somebody else was asked."""
     bench = Bench(layout)
     bench.hears(bench.welcome(init="send"))
-    bench.does(worker.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
+    bench.does(events.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
     bench.hears(bench.welcome(init="have", version=Version(1, 0)))
     bench.anchor()
-    assert bench.news(worker.Fetched)
+    assert bench.news(events.Fetched)
     bench.told()
     bench.pushes()
     for message in bench.told():
@@ -258,7 +258,7 @@ def test_older_news_about_weights_does_not_undo_that_they_were_taken(init: str) 
     """The Ack of the initial weights says that they are there, before any Welcome does."""
     bench = Bench()
     bench.hears(bench.welcome(init="send"))
-    bench.does(worker.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
+    bench.does(events.InitialWeights(np.zeros(bench.core.plan("fp32").bytes, np.uint8)))
     bench.hears(Ack("s", 1, 0, "applied", "", "", Version(1, 0), Version(0, 0), 1.0, False, 1))
     bench.anchor()
     bench.told()
@@ -273,7 +273,7 @@ def test_older_news_about_weights_does_not_undo_that_they_were_taken(init: str) 
 def test_refusal_at_the_door_is_final_and_told(code: str) -> None:
     bench = Bench()
     bench.hears(Fault("", 0, code, "No.", "Do that.", 0))
-    [failed] = bench.news(worker.Failed)
+    [failed] = bench.news(events.Failed)
     assert failed.error.sentence == "No."
     assert failed.error.fix == "Do that."
     assert bench.core.deadline() is None
@@ -282,7 +282,7 @@ def test_refusal_at_the_door_is_final_and_told(code: str) -> None:
 def test_server_of_another_protocol_is_final() -> None:
     bench = Bench()
     bench.does(Received(SERVER, [b"\x82\xa8protocol\x63\xa4type\xa5fault"]))
-    [failed] = bench.news(worker.Failed)
+    [failed] = bench.news(events.Failed)
     assert failed.error.code == "protocol_version"
 
 
@@ -329,7 +329,7 @@ def test_whatever_raises_doubt_the_worker_comes_back_and_repeats_its_push(layout
     bench.told()
     match doubt:
         case "link":
-            bench.does(worker.LinkLost())
+            bench.does(events.LinkLost())
         case "silence":
             bench.wait(SILENCE_S + 0.1)
         case "stale":
@@ -340,11 +340,11 @@ def test_whatever_raises_doubt_the_worker_comes_back_and_repeats_its_push(layout
             bench.hears(Fault("s", 1, "unexpected", "No.", "", 0))
     bench.wait(1.1)
     assert bench.redials >= 1
-    assert [type(one) for one in bench.news()] == [worker.Away]
+    assert [type(one) for one in bench.news()] == [events.Away]
     hello = bench.told(Hello)[-1]
     assert hello.resume == Resume("s", 1, 0, 100)
     bench.hears(bench.welcome(connection=2, resumed="live"))
-    assert [type(one) for one in bench.news()] == [worker.Back]
+    assert [type(one) for one in bench.news()] == [events.Back]
     [again] = bench.told((Push, Begin))
     assert (again.begin if layout is SMALL else again).number == 1
     bench.hears(Grant("s", 2, 1, "go", 9, "", ""))
@@ -392,12 +392,12 @@ def test_push_of_a_session_that_is_gone_is_taken_back_only_if_it_was_never_appli
 ) -> None:
     bench = joined()
     bench.pushes()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.news()
     bench.told()
     token = "s" if resumed == "record" else "another"
     bench.hears(bench.welcome(session=token, connection=2, resumed=resumed, last_decided=decided, outcome="applied"))
-    [orphaned] = bench.news(worker.Orphaned)
+    [orphaned] = bench.news(events.Orphaned)
     assert (orphaned.number, orphaned.pushed) == (1, pushed)
     assert [type(m) for m in bench.told()] == [Pull], "a new anchor first, and never the old push"
     assert not bench.news()
@@ -408,7 +408,7 @@ def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
         bench = joined()
         bench.pushes()
         bench.ack(1, Version(1, 1))
-        bench.does(worker.LinkLost())
+        bench.does(events.LinkLost())
         welcome = bench.welcome(session=token, connection=2, resumed=resumed, last_decided=1 if token == "s" else 0)
         bench.hears(welcome)
         reply, data = bench.reply(Version(1, 1), 300)
@@ -434,7 +434,7 @@ def test_welcome_that_a_later_connection_overtook_changes_nothing(resumed: str) 
     assert not bench.told()
     assert not bench.news()
     bench.ack(2, Version(1, 2), connection=2)
-    assert [settled.number for settled in bench.news(worker.Settled)] == [2]
+    assert [settled.number for settled in bench.news(events.Settled)] == [2]
     bench.pushes(Version(1, 2))
     assert [(push.begin.number, push.begin.connection) for push in bench.told(Push)] == [(3, 2)]
 
@@ -444,11 +444,11 @@ def test_number_that_the_server_is_beyond_is_settled_and_never_used_again(resume
     """Whatever led to it: a push below the last decided number is never answered, so it must not be repeated."""
     bench = joined()
     bench.pushes()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.told()
     bench.news()
     bench.hears(bench.welcome(connection=2, resumed=resumed, last_decided=5, outcome="applied"))
-    assert [(o.number, o.pushed) for o in bench.news(worker.Orphaned)] == [(1, True)]
+    assert [(o.number, o.pushed) for o in bench.news(events.Orphaned)] == [(1, True)]
     assert [type(message) for message in bench.told()] == [Pull]
     bench.anchor(Version(1, 5), connection=2)
     bench.pushes(Version(1, 5))
@@ -461,16 +461,16 @@ def test_numbers_of_another_session_say_nothing_of_this_one(resumed: str) -> Non
     it, which does not show that the push of the old session was never applied."""
     bench = joined()
     bench.pushes()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.news()
     bench.hears(bench.welcome(session="another", connection=3, resumed=resumed))
-    assert [(o.number, o.pushed) for o in bench.news(worker.Orphaned)] == [(1, True)]
+    assert [(o.number, o.pushed) for o in bench.news(events.Orphaned)] == [(1, True)]
 
 
 def test_push_that_crosses_the_news_of_an_anchor_is_taken_back() -> None:
     """The trainer pushed before it saw that it goes on from another center."""
     bench = joined()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(session="other", connection=2, resumed="new"))
     reply, data = bench.reply(Version(1, 7), 300)
     bench.hears(Offer("other", 2, "anchor", "", reply, False, data))
@@ -478,7 +478,7 @@ def test_push_that_crosses_the_news_of_an_anchor_is_taken_back() -> None:
     bench.news()
     bench.pushes()
     [orphaned] = bench.news()
-    assert (type(orphaned), orphaned.pushed) == (worker.Orphaned, False)
+    assert (type(orphaned), orphaned.pushed) == (events.Orphaned, False)
     assert not bench.told((Push, Begin))
     bench.pushes(Version(1, 7))
     assert bench.told(Push)
@@ -488,7 +488,7 @@ def test_trainer_learns_that_it_must_anchor_anew_before_it_pushes_again() -> Non
     """The session was lost while nothing was under way. Pushed from the old anchor, the same progress would either be
     settled twice or not at all."""
     bench = joined()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(session="other", connection=1, resumed="new"))
     bench.news()
     bench.pushes()
@@ -497,9 +497,9 @@ def test_trainer_learns_that_it_must_anchor_anew_before_it_pushes_again() -> Non
     bench.hears(Offer("other", 1, "anchor", "", reply, False, data))
     news = before + bench.news()
     kinds = [type(one) for one in news]
-    assert worker.Fetched in kinds
+    assert events.Fetched in kinds
     sent = [m.begin for m in bench.told(Push)]
-    settled_first = worker.Orphaned in kinds[: kinds.index(worker.Fetched)]
+    settled_first = events.Orphaned in kinds[: kinds.index(events.Fetched)]
     assert settled_first != bool(sent), "either taken back before the anchor comes, or pushed; and told which"
     if sent:
         pytest.fail("the trainer took the new anchor as the end of its push, which is then pushed and settled")
@@ -527,7 +527,7 @@ def test_a_push_is_answered_when_the_server_first_says_what_becomes_of_it(layout
     bench.ack(1, FIRST, outcome="held")
     bench.wait(2.0, echo=True)
     bench.ack(1, Version(1, 1))
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     assert settled.answered_s == at
 
 
@@ -535,10 +535,10 @@ def test_a_push_is_answered_when_the_server_first_says_what_becomes_of_it(layout
 def test_what_two_connections_took_is_no_time_of_an_exchange(layout: Layout) -> None:
     bench = joined(layout)
     bench.pushes()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live"))
     bench.ack(1, Version(1, 1), connection=2)
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     assert settled.answered_s is None
 
 
@@ -548,7 +548,7 @@ def test_held_is_not_settled() -> None:
     bench.hears(Ack("s", 1, 1, "held", "", "", Version(1, 0), Version(1, 0), 1.0, False, 1))
     assert not bench.news()
     bench.ack(1, Version(1, 1))
-    assert bench.news(worker.Settled)
+    assert bench.news(events.Settled)
 
 
 def test_crash_that_undid_updates_is_told() -> None:
@@ -556,12 +556,12 @@ def test_crash_that_undid_updates_is_told() -> None:
     for number in (1, 2, 3):
         bench.pushes()
         bench.ack(number, Version(1, number))
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     assert bench.told(Hello)[-1].resume == Resume("s", 3, 3, 203)
     bench.news()
     bench.hears(bench.welcome(connection=2, resumed="live", version=Version(2, 1), last_decided=1, lost=(2, 3)))
-    assert [(one.first, one.last) for one in bench.news(worker.Undone)] == [(2, 3)]
-    bench.does(worker.LinkLost())
+    assert [(one.first, one.last) for one in bench.news(events.Undone)] == [(2, 3)]
+    bench.does(events.LinkLost())
     assert bench.told(Hello)[-1].resume.last_applied == 1, "it is told once"
 
 
@@ -575,11 +575,11 @@ def test_chunks_leave_as_they_are_encoded_and_commit_comes_last() -> None:
     bench.hears(Grant("s", 1, 1, "go", chunks, "", ""))
     assert bench.told(Chunk) == []
     for ready in range(1, chunks + 1):
-        bench.does(worker.Encoded(ready))
+        bench.does(events.Encoded(ready))
         told = bench.told()
         assert [m.index for m in told if isinstance(m, Chunk)] == [ready - 1]
         assert any(isinstance(m, Commit) for m in told) == (ready == chunks)
-    bench.does(worker.Encoded(chunks))
+    bench.does(events.Encoded(chunks))
     assert bench.told() == [], "committed once"
 
 
@@ -588,19 +588,19 @@ def test_on_a_new_connection_only_what_is_encoded_is_sent_again() -> None:
     chunks = len(bench.core.plan("fp32").chunks)
     bench.pushes(ready=1)
     bench.hears(Grant("s", 1, 1, "go", chunks, "", ""))
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live"))
     bench.told()
     bench.hears(Grant("s", 2, 1, "go", chunks, "", ""))
     assert [m.index for m in bench.told(Chunk)] == [0]
-    bench.does(worker.Encoded(chunks))
+    bench.does(events.Encoded(chunks))
     assert [m.index for m in bench.told(Chunk)] == list(range(1, chunks))
 
 
 def test_withdrawn_push_is_forgotten_and_the_next_has_a_number_of_its_own() -> None:
     bench = joined(LARGE)
     bench.pushes(ready=0)
-    bench.does(worker.Withdrawn())
+    bench.does(events.Withdrawn())
     bench.hears(Grant("s", 1, 1, "go", 8, "", ""))
     assert bench.news() == []
     bench.told()
@@ -622,7 +622,7 @@ def test_reply_lands_in_the_vector_that_the_trainer_gave_up(layout: Layout) -> N
 @BOTH
 def test_reply_that_is_not_finite_raises_doubt_and_is_not_merged(layout: Layout) -> None:
     bench = joined(layout)
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     reply, data = bench.reply(Version(1, 4), 7)
     broken = data[:-8] + b"\xff" * 8
     if layout is SMALL:
@@ -631,7 +631,7 @@ def test_reply_that_is_not_finite_raises_doubt_and_is_not_merged(layout: Layout)
         bench.hears(Offer("s", 1, "evaluate", "", reply, False))
         for index, chunk in enumerate(bench.core.plan("fp32").chunks):
             bench.hears(Chunk("s", 1, 7, index, broken[chunk.offset : chunk.offset + chunk.size]))
-    assert bench.news(worker.Fetched) == []
+    assert bench.news(events.Fetched) == []
     assert bench.core.phase == "greeting"
 
 
@@ -641,10 +641,10 @@ def test_reply_that_is_not_finite_raises_doubt_and_is_not_merged(layout: Layout)
 @BOTH
 def test_pull_is_answered_once_and_asked_again_after_doubt(layout: Layout) -> None:
     bench = joined(layout)
-    bench.does(worker.PullWanted("evaluate"))
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     assert len(bench.told(Pull)) == 1
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live"))
     assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
     bench.news()
@@ -657,7 +657,7 @@ def test_pull_is_answered_once_and_asked_again_after_doubt(layout: Layout) -> No
 def test_window_down_is_kept_open_and_never_wider_than_agreed() -> None:
     big = Layout((LARGE.tensors[0]._replace(shape=(3000, 1000)),))
     bench = joined(big)
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     bench.told()
     reply, data = bench.reply(Version(1, 1), 9)
     bench.hears(Offer("s", 1, "evaluate", "", reply, False))
@@ -675,7 +675,7 @@ def test_window_down_is_kept_open_and_never_wider_than_agreed() -> None:
 @pytest.mark.parametrize("wrong", ["length", "chunk", "index", "codec"])
 def test_reply_that_does_not_fit_raises_doubt_and_not_an_exception(wrong: str) -> None:
     bench = joined(LARGE)
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     reply, data = bench.reply(Version(1, 1), 9)
     match wrong:
         case "length":
@@ -687,7 +687,7 @@ def test_reply_that_does_not_fit_raises_doubt_and_not_an_exception(wrong: str) -
         bench.hears(Chunk("s", 1, 9, 0, data[:100]))
     if wrong == "index":
         bench.hears(Chunk("s", 1, 9, 1000, data[:100]))
-    assert not bench.news(worker.Fetched)
+    assert not bench.news(events.Fetched)
     assert bench.core.phase == "greeting"
 
 
@@ -696,7 +696,7 @@ def test_reply_that_does_not_fit_raises_doubt_and_not_an_exception(wrong: str) -
 
 def test_beats_carry_progress_and_the_lease_is_kept_with_room_to_come_back() -> None:
     bench = joined()
-    bench.does(worker.Progress(17))
+    bench.does(events.Progress(17))
     bench.wait(10.0, echo=True)
     beats = bench.told(Beat)
     assert len(beats) >= 3
@@ -708,7 +708,7 @@ def test_beats_carry_progress_and_the_lease_is_kept_with_room_to_come_back() -> 
 def test_persistent_refusal_does_not_become_a_storm() -> None:
     """Say Hello, be refused something, come back, be refused again: at most a few times a second."""
     bench = joined()
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     connection = 1
     end = bench.now + 10.0
     for _ in range(1000):
@@ -727,9 +727,9 @@ def test_persistent_refusal_does_not_become_a_storm() -> None:
 
 def test_diverged_server_is_the_end() -> None:
     bench = joined()
-    bench.does(worker.PullWanted("anchor"))
+    bench.does(events.PullWanted("anchor"))
     bench.hears(Fault("s", 1, "diverged", "Not finite.", "", 0))
-    assert bench.news(worker.Failed)
+    assert bench.news(events.Failed)
 
 
 @pytest.mark.parametrize("how", ["bye", "ack", "offer", "welcome"])
@@ -745,7 +745,7 @@ def test_end_of_training_is_told_once(how: str) -> None:
             bench.hears(Offer("s", 1, "evaluate", "", reply, True, data))
         case "welcome":
             bench.hears(bench.welcome(settings=SETTINGS | {"finished": True}))
-    assert len(bench.news(worker.Finished)) == 1
+    assert len(bench.news(events.Finished)) == 1
     assert bench.core.finished
 
 
@@ -754,46 +754,46 @@ def test_leaving_ends_within_a_second_whether_heard_or_not(server: str) -> None:
     bench = Bench() if server == "was never there" else joined()
     if server == "was never there":
         bench.told()
-    bench.does(worker.Leave("done"))
+    bench.does(events.Leave("done"))
     if server == "answers":
         [bye] = bench.told(Bye)
         bench.hears(replace(bye, reason="as you wish"))
     bench.wait(1.01)
-    assert bench.news(worker.Left)
+    assert bench.news(events.Left)
     assert bench.core.deadline() is None
-    bench.does(worker.Dialled())
+    bench.does(events.Dialled())
     assert not bench.told(Hello)
 
 
 def test_leaving_ends_also_where_a_welcome_crosses_the_goodbye() -> None:
     bench = Bench()
     bench.hears(bench.welcome(init="wait"))
-    bench.does(worker.Leave("done"))
+    bench.does(events.Leave("done"))
     bench.told()
     bench.hears(bench.welcome(init="have"))
     assert not bench.told()
     bench.wait(1.01)
-    assert bench.news(worker.Left)
+    assert bench.news(events.Left)
 
 
 def test_server_that_stops_is_away_until_it_is_back() -> None:
     bench = joined()
     bench.hears(Bye("s", 1, "draining"))
-    assert [type(one) for one in bench.news()] == [worker.Away]
+    assert [type(one) for one in bench.news()] == [events.Away]
     bench.pushes()
     assert bench.core.phase == "joined"
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live", version=Version(2, 0)))
-    assert [type(one) for one in bench.news()] == [worker.Back]
+    assert [type(one) for one in bench.news()] == [events.Back]
 
 
 def test_observer_never_resumes_nor_anchors() -> None:
     bench = Bench(role="observer")
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     bench.told()
     bench.hears(bench.welcome())
     assert [m.purpose for m in bench.told(Pull)] == ["evaluate"]
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     assert bench.told(Hello)[-1].resume is None
 
 
@@ -802,14 +802,14 @@ def test_a_server_that_comes_back_with_another_codec_is_sent_nothing(resumed: An
     """The trainer encodes by what it adopted: taken for bf16, half of its bytes would pass, and mean nothing."""
     bench = joined(LARGE)
     bench.pushes()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.told()
     bench.news()
     session = "s" if resumed != "new" else "other"
     settings = SETTINGS | {"codec": "bf16", "lease_s": 20.0}
     bench.hears(bench.welcome(connection=2, resumed=resumed, session=session, settings=settings))
     [failed] = bench.news()
-    assert isinstance(failed, worker.Failed)
+    assert isinstance(failed, events.Failed)
     assert "come back with codec bf16" in failed.error.sentence
     assert "joined it with codec fp32" in failed.error.sentence
     assert failed.error.fix
@@ -822,11 +822,11 @@ def test_a_server_that_comes_back_with_another_codec_is_sent_nothing(resumed: An
 def test_another_codec_of_replies_is_another_server_where_plans_are_cut_by_it(codec: str, other: bool) -> None:
     """Cut at the rows of matrices, updates have other blocks, and perhaps as many bytes."""
     bench = joined(LARGE)
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.told()
     bench.news()
     bench.hears(bench.welcome(connection=2, resumed="live", settings=SETTINGS | {"reply_codec": codec}))
-    refused = [one.error.sentence for one in bench.news() if isinstance(one, worker.Failed)]
+    refused = [one.error.sentence for one in bench.news() if isinstance(one, events.Failed)]
     assert (
         refused
         == [f"The server has come back with reply_codec {codec}; this worker joined it with reply_codec fp32."][
@@ -843,7 +843,7 @@ MINE, THEIRS = Place(1, 2, 3, "aa"), Place(4, 5, 6, "bb")
 def sharing(layout: Layout = SMALL) -> Bench:
     """A worker that joined a server on its machine, and offered it memory."""
     bench = joined(layout)
-    bench.does(worker.Staged(MINE))
+    bench.does(events.Staged(MINE))
     assert bench.told() == [Share("s", 1, MINE)]
     bench.hears(Shared("s", 1, THEIRS, ""))
     assert bench.attaches == [THEIRS]
@@ -852,7 +852,7 @@ def sharing(layout: Layout = SMALL) -> Bench:
 
 def test_memory_is_offered_on_every_connection_before_anything_else_is_said() -> None:
     bench = sharing()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.told()
     bench.hears(bench.welcome(connection=2, resumed="live"))
     assert bench.told()[0] == Share("s", 2, MINE)
@@ -862,7 +862,7 @@ def test_memory_is_offered_on_every_connection_before_anything_else_is_said() ->
 
 def test_memory_that_is_there_before_the_welcome_is_offered_with_it() -> None:
     bench = Bench()
-    bench.does(worker.Staged(MINE))
+    bench.does(events.Staged(MINE))
     assert not bench.told(Share)
     bench.hears(bench.welcome())
     assert bench.told(Share) == [Share("s", 1, MINE)]
@@ -871,7 +871,7 @@ def test_memory_that_is_there_before_the_welcome_is_offered_with_it() -> None:
 def test_a_server_that_shares_with_nobody_is_offered_none() -> None:
     bench = Bench()
     bench.hears(bench.welcome(settings=SETTINGS | {"machine": ""}))
-    bench.does(worker.Staged(MINE))
+    bench.does(events.Staged(MINE))
     assert not bench.told(Share)
 
 
@@ -880,19 +880,19 @@ def test_who_is_on_the_way_offers_nothing(phase: str) -> None:
     bench = joined()
     match phase:
         case "greeting":
-            bench.does(worker.LinkLost())
+            bench.does(events.LinkLost())
         case "leaving":
-            bench.does(worker.Leave("done"))
+            bench.does(events.Leave("done"))
         case _:
             bench.hears(Bye("s", 1, "over"))
     bench.told()
-    bench.does(worker.Staged(MINE))
+    bench.does(events.Staged(MINE))
     assert not bench.told(Share)
 
 
 def test_memory_of_an_old_connection_is_not_attached() -> None:
     bench = sharing()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live"))
     bench.hears(Shared("s", 1, THEIRS, ""), Shared("other", 2, THEIRS, ""))
     assert bench.attaches == [THEIRS], "as before"
@@ -905,14 +905,14 @@ def test_what_cannot_be_attached_is_never_offered_again_and_training_goes_on() -
     bench = sharing()
     bench.pushes()
     before = bench.redials
-    bench.does(worker.CannotAttach("It is elsewhere."))
+    bench.does(events.CannotAttach("It is elsewhere."))
     assert bench.redials == before + 1
-    assert [type(news) for news in bench.news()] == [worker.Away]
+    assert [type(news) for news in bench.news()] == [events.Away]
     bench.told()
     bench.hears(bench.welcome(connection=2, resumed="live"))
     assert not bench.told(Share)
     bench.ack(1, Version(1, 1), connection=2)
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     assert settled.outcome == "applied"
     bench.pushes(Version(1, 1))
     assert bench.told(Push)[-1].begin.number == 2
@@ -920,7 +920,7 @@ def test_what_cannot_be_attached_is_never_offered_again_and_training_goes_on() -
 
 def test_a_server_that_cannot_is_left_in_peace() -> None:
     bench = joined()
-    bench.does(worker.Staged(MINE))
+    bench.does(events.Staged(MINE))
     bench.hears(Shared("s", 1, None, "It cannot be opened."))
     assert (bench.attaches, bench.redials) == ([], 0)
     assert not bench.news()
@@ -937,7 +937,7 @@ def test_a_whole_reply_is_decoded_as_it_arrives(layout: Layout) -> None:
     announced = Ack("s", 1, 1, "applied", "", "", Version(1, 7), Version(1, 0), 1.0, False, 1, reply)
     bench.ends_in(announced, memoryview(lying).toreadonly())
     lying[:] = b"\xff" * len(lying)
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     assert set(settled.values) == {7.0}
     assert not bench.told(More)
 
@@ -960,13 +960,13 @@ def test_a_whole_reply_that_is_wrong_raises_doubt(layout: Layout, wrong: str) ->
     announced = Ack("s", 1, 1, "applied", "", "", Version(1, 7), Version(1, 0), 1.0, False, 1, reply)
     before = bench.redials
     bench.ends_in(announced, payload)
-    assert not bench.news(worker.Settled)
+    assert not bench.news(events.Settled)
     bench.wait(SILENCE_S + 1.0, echo=True)
     assert bench.redials > before
     bench.told()
     bench.hears(bench.welcome(connection=2, resumed="live"))
     bench.ack(1, Version(1, 7), connection=2)
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     assert set(settled.values) == {7.0}
 
 

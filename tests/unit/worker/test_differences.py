@@ -13,7 +13,7 @@ from common.layout import Layout
 from common.messages import Ack, Begin, Chunk, Fault, More, Offer, Push, Version, Welcome
 from tests.cluster import LARGE, SMALL
 from tests.unit.worker.test_core import BOTH, SETTINGS, Bench
-from worker import core as worker
+from worker import events
 
 
 class Adds(Bench):
@@ -29,7 +29,7 @@ class Adds(Bench):
 
     def expect(self, value: float, buffers: float) -> None:
         """What was delivered last, and what is held."""
-        news = self.news((worker.Settled, worker.Fetched))[-1]
+        news = self.news((events.Settled, events.Fetched))[-1]
         n = self.layout.parameters
         assert (news.values[:n] == value).all()
         assert (news.values[n:] == buffers).all()
@@ -63,7 +63,7 @@ def test_what_is_delivered_is_the_trainers_own(layout: Layout) -> None:
     bench = joined(layout)
     bench.pushes(Version(1, 7))
     bench.ack(1, Version(1, 8))
-    [settled] = bench.news(worker.Settled)
+    [settled] = bench.news(events.Settled)
     settled.values.fill(np.nan)
     bench.pushes(Version(1, 8), spare=settled.values)
     bench.ack(2, Version(1, 9))
@@ -76,7 +76,7 @@ def test_a_reply_that_arrives_twice_is_added_once(layout: Layout) -> None:
     bench.pushes(Version(1, 7))
     for _ in range(2):
         bench.ack(1, Version(1, 8))
-    assert len(bench.news(worker.Settled)) == 1
+    assert len(bench.news(events.Settled)) == 1
     assert bench.core._replica is not None
     assert (bench.core._replica == 15).all()
     bench.told()
@@ -94,7 +94,7 @@ def test_half_a_reply_moves_nothing_and_the_same_bytes_come_again() -> None:
         bench.hears(ack, Chunk("s", 1, 201, first.first, data[: first.size]))
     assert bench.core._replica is not None
     assert (bench.core._replica == 7).all()
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live"))
     bench.told()
     bench.ack(1, Version(1, 8), connection=2)
@@ -108,7 +108,7 @@ def test_an_anchor_is_what_is_held_from_then_on(layout: Layout) -> None:
     bench.pushes(Version(1, 7))
     bench.hears(Fault("", 0, "stale", "gone", "", 0))
     bench.hears(bench.welcome(session="t", connection=3))
-    assert [type(one) for one in bench.news(worker.Orphaned)] == [worker.Orphaned]
+    assert [type(one) for one in bench.news(events.Orphaned)] == [events.Orphaned]
 
     def announce(reply: Any, data: bytes) -> Offer:
         return Offer("t", 3, "anchor", "", reply, False, data)
@@ -129,9 +129,9 @@ def test_an_anchor_is_what_is_held_from_then_on(layout: Layout) -> None:
 
 def test_pulls_to_look_change_nothing() -> None:
     bench = joined(SMALL)
-    bench.does(worker.PullWanted("evaluate"))
+    bench.does(events.PullWanted("evaluate"))
     bench.down(lambda reply, data: Offer("s", 1, "evaluate", "", reply, False, data), Version(1, 50), 9)
-    [fetched] = bench.news(worker.Fetched)
+    [fetched] = bench.news(events.Fetched)
     assert (fetched.values == 50).all()
     assert bench.core._replica is not None
     assert (bench.core._replica == 7).all()
@@ -143,8 +143,8 @@ def test_a_difference_before_any_anchor_raises_doubt() -> None:
     bench.anchor()
     bench.pushes()
     adds = SETTINGS | {"replica": True}
-    bench.does(worker.LinkLost())
+    bench.does(events.LinkLost())
     bench.hears(bench.welcome(connection=2, resumed="live", settings=adds))
     bench.ack(1, Version(1, 8), connection=2)
-    assert not bench.news(worker.Settled)
+    assert not bench.news(events.Settled)
     assert bench.core.phase == "greeting"

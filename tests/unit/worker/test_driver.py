@@ -42,7 +42,7 @@ from common.messages import (
 from common.shared import Memory
 from tests.processes import until
 from tests.unit.worker.test_core import SETTINGS
-from worker import core
+from worker import events
 from worker.core import WorkerCore
 from worker.driver import Driver
 
@@ -90,7 +90,7 @@ class Server:
         self.hears(More)
         for index, chunk in enumerate(plan.chunks):
             self.says(Chunk("s", self.connection, 5, index, bytes(chunk.size)))
-        worker.told(core.Fetched)
+        worker.told(events.Fetched)
 
     def says(self, *messages: Message) -> None:
         for message in messages:
@@ -126,7 +126,7 @@ def both() -> Iterator[tuple[Server, Worker]]:
     server = Server()
     worker = Worker(server.end.address)
     yield server, worker
-    worker.driver.post(core.Leave("done"))
+    worker.driver.post(events.Leave("done"))
     server.says(Bye("s", server.connection, "as you wish"))
     worker.driver.close(PATIENCE_S)
     assert not worker.driver._thread.is_alive()
@@ -155,7 +155,7 @@ def mapped() -> int:
 def joined(server: Server, worker: Worker) -> tuple[U8, Share]:
     """Joined, anchored at zero, and with memory for updates that was offered: (the memory, Share)."""
     server.welcomes()
-    worker.told(core.Joined)
+    worker.told(events.Joined)
     server.anchors(worker)
     data = worker.driver.staging(worker.core.plan("fp32").bytes, shared.MACHINE)
     share = server.hears(Share)
@@ -190,13 +190,13 @@ def test_updates_are_read_where_the_trainer_wrote_them(both: tuple[Server, Worke
     number = pushed.begin.number
     ack = Ack("s", 1, number, "applied", "", "", Version(1, 1), FIRST, 1.0, False, 1, reply, mine.data.data)
     server.says(ack)
-    settled = worker.told(core.Settled)
+    settled = worker.told(events.Settled)
     assert set(settled.values) == {9.0}
     mine.withdraw()
 
     before = mapped()
     server.says(Bye("s", 1, "enough"))
-    worker.told(core.Left)
+    worker.told(events.Left)
     worker.driver.close(PATIENCE_S)
     assert mapped() == before - 1, "the worker lets go of what is the server's"
 
@@ -234,7 +234,7 @@ def test_ctrl_c_never_leaves_an_event_half_handled(
     handle, handled = worker.core.handle, []
 
     def interrupted(event: Any, now: float) -> list[Any]:
-        if isinstance(event, core.PushWanted):
+        if isinstance(event, events.PushWanted):
             signal.raise_signal(signal.SIGINT)
         actions = handle(event, now)
         handled.append(type(event))
@@ -243,7 +243,7 @@ def test_ctrl_c_never_leaves_an_event_half_handled(
     monkeypatch.setattr(worker.core, "handle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         push(worker, data, 1.0)
-    assert core.PushWanted in handled
+    assert events.PushWanted in handled
     server.hears(Begin)
 
 
@@ -253,7 +253,7 @@ def test_what_is_posted_while_another_thread_drives_is_not_left_lying(both: tupl
     joined(server, worker)
     before = worker.core._progress.steps
     threads = [
-        threading.Thread(target=lambda: [worker.driver.post(core.Progress(before + n)) for n in range(200)])
+        threading.Thread(target=lambda: [worker.driver.post(events.Progress(before + n)) for n in range(200)])
         for _ in range(8)
     ]
     for thread in threads:
@@ -269,7 +269,7 @@ def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
     joined(server, worker)
     plan = worker.core.plan("fp32")
     for number, pause_s in enumerate([0.0, 0.001, 0.004, 0.006, 0.05] * 4):
-        worker.driver.post(core.PullWanted("evaluate"))
+        worker.driver.post(events.PullWanted("evaluate"))
         time.sleep(pause_s)
         server.hears(Pull)
         reply = Reply(10 + number, plan.bytes, "fp32", FIRST)
@@ -280,7 +280,7 @@ def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
             server.says(Chunk("s", 1, reply.id, index, bytes(chunk.size)))
         time.sleep(pause_s)
         started = time.monotonic()
-        worker.told(core.Fetched)
+        worker.told(events.Fetched)
         assert time.monotonic() - started < 1.0
 
 
@@ -290,7 +290,7 @@ def test_hello_is_said_once_however_soon_the_trainer_waits() -> None:
         worker = Worker(server.end.address)
         assert worker.driver.news(0.002) is None
         server.welcomes()
-        worker.told(core.Joined)
+        worker.told(events.Joined)
         server.hears(Pull)
         assert [type(message) for _, message in server.heard if not isinstance(message, Beat)] == [Hello, Pull]
         server.says(Bye("s", 1, "enough"))
@@ -304,7 +304,7 @@ def test_memory_that_is_asked_for_when_the_thread_has_ended_is_not_left_open() -
     server = Server()
     worker = Worker(server.end.address)
     server.welcomes()
-    worker.told(core.Joined)
+    worker.told(events.Joined)
     server.hears(Pull)
     server.says(Bye("s", 1, "enough"))
     worker.driver.close(PATIENCE_S)
@@ -332,7 +332,7 @@ def test_a_server_elsewhere_is_offered_none(both: tuple[Server, Worker], machine
     server, worker = both
     before = memories()
     server.welcomes()
-    worker.told(core.Joined)
+    worker.told(events.Joined)
     data = worker.driver.staging(100, machine)
     assert (data.shape, data.any()) == ((100,), False)
     assert memories() == before
@@ -347,7 +347,7 @@ def test_a_machine_without_memory_to_share_trains_as_ever(
     server, worker = both
     monkeypatch.setattr(os, "posix_fallocate", fails)
     server.welcomes()
-    worker.told(core.Joined)
+    worker.told(events.Joined)
     server.anchors(worker)
     data = worker.driver.staging(worker.core.plan("fp32").bytes, shared.MACHINE)
     assert "updates are sent in messages: " in caplog.text

@@ -18,8 +18,8 @@ from common.codecs.base import U8
 from common.errors import CodecError, UsageError
 from common.messages import NOWHERE, Scalars
 from worker import on_device
-from worker.core import Encoded, PushWanted
 from worker.driver import Carrier
+from worker.events import Encoded, PushWanted
 from worker.lanes import Arrival, CpuLane, lane_of
 from worker.on_device import DeviceVectors, vectors_of
 from worker.vectors import HostVectors, Vectors
