@@ -484,7 +484,8 @@ class Session:
         outlived, self._outlived = self._outlived, None
         self._encoded += 1
         key = draws.of_push(self._seed, self.name, self._encoded)
-        data, before = self._update[: up.bytes], self._memory.before if self._memory is not None else None
+        data = self._update[: up.bytes]
+        before = self._memory.before if self._memory is not None else None
         try:
             self._driver.push(delta, up, data, scalars, self._base, outlived, self._fragment, key=key, before=before)
         except CodecError as error:
