@@ -32,7 +32,7 @@ MAY_IMPORT = {
 PURE = (
     *(f"common.{name}" for name in ("errors", "discovery", "messages", "wire", "layout", "node")),
     *(f"paramserver.{name}" for name in ("shard", "session", "core")),
-    *(f"worker.{name}" for name in ("session", "core")),
+    *(f"worker.{name}" for name in ("session", "events", "core")),
 )
 # Those above must exist. These may be cut anew, and a module whose first line ends in "Pure." is pure without a list.
 PURE_WHERE_PRESENT = (

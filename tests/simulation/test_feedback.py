@@ -153,9 +153,10 @@ def test_center_and_memories_make_up_all_that_was_trained(codec: str, faults: st
         expect_conserved(center, trainers)
 
 
-def test_a_refused_update_leaves_the_memory_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["topk:0.05", "powersgd"])
+def test_a_refused_update_leaves_the_memory_as_it_was(codec: str, tmp_path: Path) -> None:
     more = {"max_lag": 1, "beyond_max_lag": "reject", "rejected_per_minute": 1000}
-    with ran(tmp_path, "", codec="topk:0.05", lease_s=4, **more) as (center, trainers):
+    with ran(tmp_path, "", codec=codec, lease_s=4, **more) as (center, trainers):
         assert sum(trainer.session.exchanges.rejected for trainer in trainers if trainer.session) >= 3
         expect_conserved(center, trainers)
 
