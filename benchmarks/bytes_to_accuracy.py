@@ -227,21 +227,29 @@ def percent(one: Done) -> float:
 
 
 def picture(found: Sequence[dict[str, Any]]) -> Figure:
-    """Of each task: test accuracy at the end over the bytes of a sample, a line for each rule."""
+    """Of each task: test accuracy at the end, mean and range over the seeds, over the bytes of a sample."""
     tasks = list(dict.fromkeys(row["task"] for row in found))
-    figure = Figure(figsize=(5.5 * len(tasks), 4.4), layout="constrained")
+    figure = Figure(figsize=(7 * len(tasks), 5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for rule, steps in dict.fromkeys((row["rule"], row["H"]) for row in found if row["task"] == task):
             chosen = [row for row in found if (row["task"], row["rule"], row["H"]) == (task, rule, steps)]
-            chosen.sort(key=lambda row: -row["bytes a sample"])
-            bytes_a_sample = [row["bytes a sample"] for row in chosen]
-            heights = [mean(row["test accuracy %"]) for row in chosen]
-            axes.plot(bytes_a_sample, heights, "o-", label=f"{rule}, H = {steps}")
-            for x, y, row in zip(bytes_a_sample, heights, chosen, strict=True):
-                axes.annotate(row["up"], (x, y), textcoords="offset points", xytext=(3, 3), fontsize=6)
+            x, seen = [row["bytes a sample"] for row in chosen], [row["test accuracy %"] for row in chosen]
+            y = [mean(each) for each in seen]
+            reach = (
+                [y - min(each) for y, each in zip(y, seen, strict=True)],
+                [max(each) - y for y, each in zip(y, seen, strict=True)],
+            )
+            axes.errorbar(x, y, reach, fmt="o", capsize=2, elinewidth=0.6, label=f"{rule}, H = {steps}")
+            for row, at in zip(chosen, zip(x, y, strict=True), strict=True):
+                axes.annotate(_ways(row), at, textcoords="offset points", xytext=(4, 3), fontsize=7)
         axes.set(xscale="log", xlabel="bytes a sample, up and down", ylabel="test accuracy, %", title=task)
         axes.legend(fontsize="small")
     return figure
+
+
+def _ways(row: dict[str, Any]) -> str:
+    """Up, and down where that is not fp32."""
+    return str(row["up"]) if row["down"] == LOSSLESS else f"{row['up']}, {row['down']} down"
 
 
 BENCHMARK = Benchmark("bytes_to_accuracy", "how few bytes train a model, and what does that cost in accuracy?", run)
