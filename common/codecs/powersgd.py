@@ -304,7 +304,7 @@ def _of(rank: int, columns: int) -> Codec:
         device=Device(device_encode, device_decode, device_warm),
         stochastic=True,
         same_bytes=False,
-        tolerance=2.0**-12,
+        tolerance=2.0**-16,
         largest=float(LARGEST),
         parameters=(Parameter("rank", RANK, _rank, f"a whole number from 1 to {LARGEST_RANK}", "4"),),
         make=make,
