@@ -8,7 +8,7 @@ import pytest
 from common import chunks, codecs
 from common.codecs import draws
 from common.codecs.base import F32
-from common.codecs.feedback import Memory
+from common.codecs.feedback import Memory, Piece
 from common.errors import ConfigError
 from common.layout import Layout, Tensor
 
@@ -105,7 +105,7 @@ def test_worked_numbers_of_the_scaled_sign() -> None:
             p = np.array(g, np.float32)
             memory.add(p, 0, 2)
             sign.encode(p, data)
-            memory.remember(p, [(slice(0, 2), lambda x: sign.decode(data, x))])
+            memory.remember(p, [Piece(slice(0, 2), lambda x: sign.decode(data, x), None)])
             memory.settle(taken=True)
             found.append([round(float(one), 5) for one in memory.e])
         return found

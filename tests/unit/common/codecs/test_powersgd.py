@@ -216,8 +216,9 @@ def test_the_start_moves_with_what_is_taken_and_with_nothing_else() -> None:
     assert not memory.before
     assert pushed(memory, plan, d).tobytes() == first.tobytes()
     memory.settle(taken=True)
-    for _, start, _, encoded_ in plan.pieces(first):
-        assert memory.before[start].tobytes() == encoded_.tobytes()
+    for part, _, start in plan.pieces(first):
+        assert start is not None
+        assert memory.before[part.start].tobytes() == start.tobytes()
     second = pushed(memory, plan, d)
     memory.settle(taken=False)
     assert pushed(memory, plan, d).tobytes() == second.tobytes() != first.tobytes(), "refused: the start is as it was"
@@ -235,10 +236,10 @@ def test_fragments_have_starts_of_their_own() -> None:
         sent.append(pushed(memory, plan, d))
         memory.settle(taken=True)
     factored = {
-        first: encoded_.tobytes()
+        part.start: start.tobytes()
         for plan, data in zip(plans, sent, strict=True)
-        for codec, first, _, encoded_ in plan.pieces(data)
-        if codec.warm is not None
+        for part, _, start in plan.pieces(data)
+        if start is not None
     }
     assert len(factored) >= 4
     assert {first: data.tobytes() for first, data in memory.before.items()} == factored
