@@ -377,8 +377,8 @@ def warm(settings: ServerSettings) -> None:
     lying = vector.copy()
     lying.flags.writeable = False  # as the memory of workers is
     sent = np.zeros(vector.nbytes + 1, np.uint8)[1:].view(np.float32)  # as messages come, at any address
-    for update in (lying, sent):
-        sum_of(vector, update, np.float32(1.0), vector.copy(), vector.copy(), 0)
+    for tried in (lying, sent):
+        sum_of(vector, tried, np.float32(1.0), vector.copy(), vector.copy(), 0)
     shard = Shard(
         layout,
         rule,
