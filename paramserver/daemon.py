@@ -128,10 +128,10 @@ class Daemon:
             self._writer.shutdown(wait=True)
             self._attaching.shutdown(wait=True, cancel_futures=True)
             self._recorder.close(self._last_record)
-            for peer in list(self._shared):
-                self._unshare(peer)
             if endpoint is not None:
-                await asyncio.sleep(0.05)  # let the last goodbyes leave
+                await asyncio.sleep(0.05)  # let the last goodbyes leave: a line that ends is a loss, and overtakes them
+                for peer in list(self._shared):
+                    self._unshare(peer)
                 endpoint.close()
             if hasattr(self, "_log"):
                 self._log.close()
@@ -331,6 +331,7 @@ class Daemon:
     def _line_readable(self, peer: bytes, line: Line) -> None:
         """Take one message: the next of all lines that have one come first, or whoever answers fast is served alone."""
         if self._stopped.is_set():
+            self._loop.remove_reader(line.fileno())
             return
         if (message := self._endpoint.receive_from(peer)) is not None:
             self._handle(Received(*message))
@@ -375,7 +376,9 @@ def warm(settings: ServerSettings) -> None:
     vector = np.zeros(64, np.float32)
     lying = vector.copy()
     lying.flags.writeable = False  # as the memory of workers is
-    sum_of(vector, lying, np.float32(1.0), vector.copy(), vector.copy(), 0)
+    sent = np.zeros(vector.nbytes + 1, np.uint8)[1:].view(np.float32)  # as messages come, at any address
+    for tried in (lying, sent):
+        sum_of(vector, tried, np.float32(1.0), vector.copy(), vector.copy(), 0)
     shard = Shard(
         layout,
         rule,

@@ -422,21 +422,24 @@ class WorkerCore:
             self._start_upload(self._upload)
 
     def _encoded(self, ready: int) -> None:
-        upload = self._upload
-        if upload is not None:
-            upload.ready = ready
-            if upload.whole:
-                self._send_whole(upload)
-            else:
-                self._send_chunks(upload)
+        if (upload := self._upload) is None:
+            return
+        upload.ready = ready
+        if self.phase != "joined":
+            return  # it starts afresh on the next connection
+        if upload.whole:
+            self._send_whole(upload)
+        else:
+            self._send_chunks(upload)
 
     def _start_upload(self, upload: Upload) -> None:
-        upload.tried, upload.shared = True, self._shares
+        upload.shared = self._shares
         self._last_answer = self._now
         upload.whole = len(upload.plan.chunks) == 1 or (self._shares and upload.kind == "push")
         if upload.whole:
             self._send_whole(upload)
         else:
+            upload.tried = True
             self._send(self._begin(upload))
 
     def _begin(self, upload: Upload) -> Begin:
@@ -447,7 +450,7 @@ class WorkerCore:
     def _send_whole(self, upload: Upload) -> None:
         """In one message, as soon as all is encoded."""
         if upload.ready == len(upload.plan.chunks) and not upload.committed:
-            upload.sent, upload.committed = upload.ready, True
+            upload.sent, upload.committed, upload.tried = upload.ready, True, True
             self._send(Push(self._begin(upload), upload.scalars, upload.data[: upload.plan.bytes].data))
 
     def _continue_upload(self, transfer: int, until: int) -> None:

@@ -99,13 +99,13 @@ class Door:
 
 def dial(mark: str, greeting: str) -> Line | None:
     """A line to the process that offered memory with this mark; None where it has no door that this one can reach."""
-    caller = _new()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as unused:
+        caller = unused.enter_context(_new())
         caller.connect(_address(mark))
         line = Line(caller)
         if _is_of_this_user(caller) and not line.send(greeting.encode()):
+            unused.pop_all()
             return line
-    caller.close()
     return None
 
 

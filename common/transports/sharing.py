@@ -158,13 +158,14 @@ class SharingEndpoint:
         """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up. A dialer's.
 
         Call it only where nothing is `overlooked`. It touches no socket, so that another thread may use this end
-        meanwhile.
+        meanwhile, or close it.
         """
         shared = self._shared.get(SERVER)
-        line = [] if shared is None or shared.line is None or shared.line.ended else [shared.line.fileno()]
+        line = -1 if shared is None or shared.line is None or shared.line.ended else shared.line.fileno()
         poller = select.poll()
-        for descriptor in (*self._sockets.descriptors, *line, also):
-            poller.register(descriptor, select.POLLIN)
+        for descriptor in (*self._sockets.descriptors, line, also):
+            if descriptor >= 0:  # a line that is closed has none
+                poller.register(descriptor, select.POLLIN)
         self._sockets.woken([descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))])
 
     def lost(self) -> bool:

@@ -6,6 +6,7 @@ Nothing here waits for a fixed time and then asserts: everything is polled until
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import struct
@@ -704,6 +705,16 @@ def test_the_end_of_a_line_is_a_loss_and_told_once(lined: Lined) -> None:
     os.close(wake)
 
 
+def test_waiting_bears_a_line_that_another_thread_has_just_closed(lined: Lined) -> None:
+    """Whoever dials anew closes this end, and the one who waits may have been about to look at it."""
+    wake = os.eventfd(0, os.EFD_NONBLOCK)
+    lined.answered.close()
+    started = time.monotonic()
+    lined.dialer.wait(0.05, also=wake)
+    assert time.monotonic() - started < TIMEOUT_S / 2
+    os.close(wake)
+
+
 def test_a_listener_learns_the_end_of_a_line(lined: Lined) -> None:
     lined.dialer.close()
     assert lined.listener.receive_from(lined.peer) is None
@@ -744,6 +755,18 @@ def test_nobody_is_let_in_who_does_not_greet(sharing: Sharing) -> None:
         end.close()
     silent.close()
     assert lines.dial(mark, "too late") is None
+
+
+def test_a_process_with_no_descriptor_left_dials_no_line(sharing: Sharing) -> None:
+    door = Door(sharing.up.place.mark)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert lines.dial(sharing.up.place.mark, "greeting") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert door.take("greeting") is None
+    door.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")

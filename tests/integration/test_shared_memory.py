@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +23,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import shared
+from common import shared, wire
 from common.codecs.base import F32
-from common.messages import Scalars
+from common.messages import Bye, Scalars
 from common.transports.base import SERVER
 from tests.cluster import LARGE
 from tests.processes import ROOT, Process, Server, cleaned_up, until
@@ -32,6 +34,8 @@ from worker.core import WorkerCore
 from worker.driver import Driver
 
 PATIENCE_S = 30.0
+GOODBYE_S = 0.04
+"""Of what a server that stops waits for them, at least so much."""
 SCALARS = Scalars(0.5, 8, 1, 0.1)
 HOSTILE = ("--rejected-per-minute", "1000000", "--malformed-in-a-row", "1000000")
 """Nobody is put in quarantine, so that hostility may go on."""
@@ -348,6 +352,28 @@ def test_a_killed_worker_leaves_nothing_and_the_others_go_on(tmp_path: Path) -> 
         assert set(peer.center) <= {float(v) for v in range(server.status()["version"] + 1)}
         peer.leave()
     assert os.listdir("/dev/shm") == before
+
+
+def test_a_server_that_stops_gives_its_goodbyes_time_before_its_lines_end(tmp_path: Path) -> None:
+    """A line that ends is a loss: the worker would dial anew, and never hear them."""
+    with cleaned_up() as processes:
+        processes.append(server := Server(tmp_path))
+        peer = Peer(server.address)
+        with peer.driver._wheel:  # so that nobody takes what comes
+            endpoint = peer.driver._endpoint
+            line = endpoint._shared[SERVER].line
+            assert line is not None
+            poller = select.poll()
+            poller.register(line.fileno(), select.POLLIN)
+            os.kill(pid(server), signal.SIGTERM)
+            started = time.monotonic()
+            assert poller.poll(PATIENCE_S * 1000)
+            assert time.monotonic() - started >= GOODBYE_S
+            said = endpoint.receive()
+            assert said is not None
+            assert isinstance(wire.decode(said[1]), Bye)
+        assert server._process.wait(PATIENCE_S) == 0
+        peer.leave()
 
 
 def test_a_killed_server_is_shared_with_anew_when_it_is_back(tmp_path: Path) -> None:

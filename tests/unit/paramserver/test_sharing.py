@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from common import chunks, rules
-from common.codecs.base import U8
+from common.codecs.base import F32, U8
 from common.config import ServerSettings
 from common.layout import Layout, Tensor
 from common.messages import (
@@ -34,8 +34,9 @@ from common.messages import (
     Welcome,
 )
 from common.node import Unsendable
+from common.rules.base import sum_of
 from common.wire import encode
-from paramserver import memory, status
+from paramserver import daemon, memory, status
 from paramserver.core import Attached, Stop
 from paramserver.daemon import warm
 from tests.cluster import LARGE, POISON, SMALL, Desk, Hand
@@ -738,3 +739,16 @@ def test_the_kernels_that_read_memory_of_workers_are_warm(monkeypatch: pytest.Mo
     monkeypatch.setattr(chunks.Plan, "take", spy)
     warm(ServerSettings())
     assert set(taken) == {True, False}
+
+
+def test_the_kernel_that_tries_updates_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short update is tried where it lies: in memory that cannot be written to, or in its message, at any address."""
+    tried: list[tuple[bool, bool]] = []
+
+    def spy(c: F32, d: F32, *rest: Any) -> bool:
+        tried.append((d.flags.writeable, d.flags.aligned))
+        return sum_of(c, d, *rest)
+
+    monkeypatch.setattr(daemon, "sum_of", spy)
+    warm(ServerSettings())
+    assert set(tried) == {(False, True), (True, False)}

@@ -403,6 +403,36 @@ def test_push_of_a_session_that_is_gone_is_taken_back_only_if_it_was_never_appli
     assert not bench.news()
 
 
+def test_push_that_is_not_encoded_was_never_sent_and_is_taken_back() -> None:
+    """On a device all of it is encoded before any is sent; meanwhile the session may be lost."""
+    bench = joined()
+    bench.pushes(ready=0)
+    assert not bench.told()
+    bench.does(events.LinkLost())
+    bench.news()
+    bench.hears(bench.welcome(session="another", connection=2, resumed="new"))
+    assert [(o.number, o.pushed) for o in bench.news(events.Orphaned)] == [(1, False)]
+
+
+@pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["whole", "chunks"])
+def test_what_is_encoded_between_two_connections_is_sent_on_the_second(layout: Layout) -> None:
+    """Sent before Welcome it would be of the first, and answered by a Fault that ends the second."""
+    bench = joined(layout)
+    chunks = len(bench.core.plan("fp32").chunks)
+    bench.pushes(ready=0)
+    if chunks > 1:
+        bench.hears(Grant("s", 1, 1, "go", chunks, "", ""))
+    bench.does(events.LinkLost())
+    bench.told()
+    bench.does(events.Encoded(chunks))
+    assert not bench.told()
+    bench.hears(bench.welcome(connection=2, resumed="live"))
+    if chunks > 1:
+        bench.hears(Grant("s", 2, 1, "go", chunks, "", ""))
+    said = [type(message) for message in bench.told((Push, Begin, Chunk, Commit))]
+    assert said == ([Push] if chunks == 1 else [Begin, *[Chunk] * chunks, Commit])
+
+
 def test_numbers_go_on_in_a_session_and_start_anew_in_a_new_one() -> None:
     for resumed, token, expected in (("record", "s", 2), ("new", "other", 1)):
         bench = joined()
