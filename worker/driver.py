@@ -242,8 +242,11 @@ class Driver(Carrier):
             if self._attended or now < self._attended_until + ASIDE_S:
                 time.sleep(ASIDE_S)
                 continue
-            if not self._posted:
-                self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
+            try:
+                if not self._posted:
+                    self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
+            except Exception as error:
+                self._error = error
             with self._wheel:
                 if not self._attended:
                     self._drive(self._turn)

@@ -30,6 +30,8 @@ from common.wire import PAYLOAD_BYTES
 
 POINT_BYTES = 16 * 1024
 """Shorter payloads are sent in a message of ZeroMQ, though they lie in shared memory: it costs no more."""
+AHEAD_MESSAGES = 64
+"""So many at most: nobody who keeps a line full holds up what others sent by ZeroMQ. A session has one or two there."""
 _POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
 Message = tuple[bytes, list[Buffer]]
 
@@ -70,6 +72,8 @@ class SharingEndpoint:
         self._shared: dict[bytes, _Shared] = {}
         self._kept: Message | None = None
         """Taken from ZeroMQ, and kept until the line of its peer is empty."""
+        self._ahead = 0
+        """Messages of that line that were let go first."""
         self._released: list[int] = []
         self._lost = False
         """Whether a line has ended, and nobody was told."""
@@ -122,9 +126,10 @@ class SharingEndpoint:
         message, self._kept = self._kept or self._sockets.receive(), None
         if message is None or (shared := self._shared.get(message[0])) is None:
             return message
-        if (earlier := self._received(message[0], shared)) is not None:
-            self._kept = message
+        if self._ahead < AHEAD_MESSAGES and (earlier := self._received(message[0], shared)) is not None:
+            self._kept, self._ahead = message, self._ahead + 1
             return earlier
+        self._ahead = 0
         if len(message[1]) == 2 and len(message[1][1]) == _POINTER.size:
             message[1][1] = shared.found(message[1][1])
         return message

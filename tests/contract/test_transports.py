@@ -419,6 +419,7 @@ class Sharing:
     """A connection both of whose ends have memory that the other reads."""
 
     def __init__(self, wires: Wires) -> None:
+        self.wires = wires
         self.dialer, self.peer = wires.met()
         self.listener = wires.listener
         self.up, self.down = Memory.make(SHARED_BYTES), Memory.make(SHARED_BYTES)
@@ -652,6 +653,23 @@ def test_what_is_pointed_at_is_never_overtaken(lined: Lined) -> None:
             assert headers.index(b"lies %d" % number) < headers.index(b"after %d" % number)
             assert headers.index(b"before %d" % number) < headers.index(b"after %d" % number)
             assert found[headers.index(b"lies %d" % number)][1] == whole.tobytes()
+
+
+def test_a_line_that_is_kept_full_holds_nobody_up(lined: Lined) -> None:
+    """What others sent by ZeroMQ comes, though one peer sends again as soon as it was read."""
+    other, _ = lined.wires.met()
+    whole = lined.up.data.data
+    sent(lined.dialer, SERVER, [b"by ZeroMQ"])
+    sent(other, SERVER, [b"other"])
+    sent(lined.dialer, SERVER, [b"flood", whole])
+    found = []
+    deadline = time.monotonic() + TIMEOUT_S
+    while b"other" not in found or b"by ZeroMQ" not in found:
+        assert time.monotonic() < deadline
+        if (message := lined.listener.receive()) is not None:
+            found.append(bytes(message[1][0]))
+            if found[-1] == b"flood":
+                sent(lined.dialer, SERVER, [b"flood", whole])
 
 
 def test_a_line_wakes_whoever_waits(lined: Lined) -> None:
