@@ -52,9 +52,8 @@ class Peer:
         settings = joined.welcome.settings
         self.plan = self.core.plan(str(settings["codec"]))
         self.data = self.driver.staging(self.plan.bytes, str(settings["machine"]))
-        while not isinstance(fetched := self.told(events.NeedWeights | events.Fetched), events.Fetched):
+        while not isinstance(self.told(events.NeedWeights | events.Fetched), events.Fetched):
             self.driver.post(events.InitialWeights(np.zeros(self.core.plan("fp32").bytes, np.uint8)))
-        self.base, self.center = fetched.base, fetched.values
         if settings["machine"]:
             self.shares()
 
@@ -64,20 +63,27 @@ class Peer:
         assert self.driver._endpoint._shared[SERVER].line is not None
 
     def told(self, kind: Any) -> Any:
-        """The next news of that kind; what comes before it is passed over."""
+        """The next news of that kind; what comes before it is passed over, but a center is gone on from."""
         while True:
             news = self.driver.news(PATIENCE_S)
             assert news is not None, f"no {kind}"
             assert not isinstance(news, events.Failed), news
+            if isinstance(news, events.Fetched):
+                self.base, self.center = news.base, news.values
             if isinstance(news, kind):
                 return news
 
     def push(self, flat: F32 | None = None) -> events.Settled:
-        """Push `flat`, or what lies in the memory by then."""
+        """Push `flat`, or what lies in the memory by then; again, where the session was lost meanwhile."""
         if flat is not None:
             self.plan.encode(flat, self.data)
-        self.driver.post(events.PushWanted(self.data, self.plan.codec, SCALARS, self.base, len(self.plan.chunks)))
-        settled: events.Settled = self.told(events.Settled)
+        base = self.base
+        self.driver.post(events.PushWanted(self.data, self.plan.codec, SCALARS, base, len(self.plan.chunks)))
+        settled: events.Settled | events.Orphaned = self.told(events.Settled | events.Orphaned)
+        if isinstance(settled, events.Orphaned):
+            if self.base == base:  # the center to go on from is still to come
+                self.told(events.Fetched)
+            return self.push()
         if settled.values is not None:
             self.base, self.center = settled.base, settled.values
         return settled
