@@ -3,8 +3,9 @@
 PYTHON     ?= python3
 DEMO_FLAGS ?= --workers 4 --task digits --rule gem --budget-updates 1200
 TEST_FLAGS ?=
-# Tests at one time: many of them wait, but each may start a server and several workers.
-PARALLEL   := -n auto --maxprocesses 4
+# As many tests at one time as there are cores, each of which may start a server and several workers; those that wait for
+# long lie side by side, so who has none left takes from the others.
+PARALLEL   := -n auto --maxprocesses 4 --dist worksteal
 
 VENV  := .venv
 BIN   := $(VENV)/bin
