@@ -72,9 +72,7 @@ def chosen(address: str, caplog: pytest.LogCaptureFixture) -> str:
     return reason
 
 
-def test_a_link_of_100_mbit_takes_a_codec_that_compresses(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_link_of_100_mbit_takes_a_codec_that_compresses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with cleaned_up() as processes:
         server = Server(tmp_path, "--codec", "auto", "--reply-codec", "int8", "--no-shared-memory")
         processes.append(server)
