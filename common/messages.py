@@ -11,8 +11,10 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal, NamedTuple, TypeAlias
+
+from common.values import dataclass
 
 PROTOCOL = 5
 """Version of this protocol. A peer with another is refused with a sentence, before anything else is read."""

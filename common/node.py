@@ -13,10 +13,11 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 
 from common.messages import Buffer
+from common.values import dataclass
 
 # Events: what happened
 

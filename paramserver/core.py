@@ -16,7 +16,7 @@ time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `decid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from common import wire
@@ -41,6 +41,7 @@ from common.messages import (
     Version,
 )
 from common.node import JobDone, Received, Released, Tick, Unsendable
+from common.values import dataclass
 from paramserver import durability, status
 from paramserver.applying import Applying
 from paramserver.deciding import Deciding

@@ -12,7 +12,7 @@ Laws
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from common.codecs.base import F32
 from common.errors import ConfigError, StateError
 from common.layout import Layout
 from common.messages import NOWHERE, Version
+from common.values import dataclass
 from paramserver.diversity import Averages
 from paramserver.order import Job, WorkOrder
 from paramserver.session import Session

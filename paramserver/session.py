@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.messages import NOWHERE, Begin, Order, Outcome, Scalars, Version
 from common.rules.base import Arrays, Facts
+from common.values import dataclass
 from paramserver.diversity import UNKNOWN, Load
 from paramserver.slots import Slot
 

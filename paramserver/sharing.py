@@ -15,11 +15,12 @@ Laws
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from common.codecs.base import U8
 from common.errors import Code, PeerError
 from common.messages import Place, Share, Shared
+from common.values import dataclass
 from paramserver import memory
 from paramserver.session import Session
 from paramserver.state import Outbox, ServerState

@@ -5,12 +5,13 @@ actions = core.handle(event, now)        Deliver(news) is one of them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Diversity, Order, Place, Purpose, Scalars, Version, Welcome
+from common.values import dataclass
 
 # Events: what the trainer and the driver say
 
