@@ -26,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -220,17 +221,16 @@ class Driver(Carrier):
 
     def _attend(self, end: float) -> None:
         """Drive until there is news, or time is up."""
-        self._attended, waited = True, False
+        self._attended, waited, called = True, False, False
         try:
             while True:
                 with self._wheel:
                     if not (self._news or self._over) and (waited or self._endpoint.overlooked):
-                        self._drive(self._turn)
+                        self._drive(partial(self._turn, called))
                 now = time.monotonic()
                 if self._news or self._over or now >= end:
                     return
-                if not self._posted:
-                    self._endpoint.wait(max(min(end, self._due) - now, 0.0), also=self._wake)
+                called = bool(self._posted) or self._endpoint.wait(max(min(end, self._due) - now, 0.0), also=self._wake)
                 waited = True
         finally:
             self._attended_until, self._attended = time.monotonic(), False
@@ -238,18 +238,17 @@ class Driver(Carrier):
     def _run(self) -> None:
         """The thread in the background."""
         while not self._over:
-            now = time.monotonic()
+            now, called = time.monotonic(), False
             if self._attended or now < self._attended_until + ASIDE_S:
                 time.sleep(ASIDE_S)
                 continue
             try:
-                if not self._posted:
-                    self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
+                called = bool(self._posted) or self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
             except Exception as error:
                 self._error = error
             with self._wheel:
                 if not self._attended:
-                    self._drive(self._turn)
+                    self._drive(partial(self._turn, called))
         with self._wheel:
             self._endpoint.close()
             self._closed = True
@@ -283,15 +282,19 @@ class Driver(Carrier):
             self._call()
         self._interrupts.release()
 
-    def _turn(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+    def _turn(self, called: bool) -> None:
+        """Take in what is there. called: somebody may have called."""
+        if called:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
         self._take_posted()
         for _ in range(BATCH_MESSAGES):
             message = self._endpoint.receive()
             if message is None:
                 break
             self._do(self._core.handle(Received(*message), time.monotonic()))
+            if self._attended and self._news:
+                break  # the trainer has what it waits for; descriptors tell of the rest
         else:
             self._call()  # there may be more
         if self._endpoint.lost():

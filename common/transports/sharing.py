@@ -159,8 +159,9 @@ class SharingEndpoint:
         """Whether any buffer is still being read."""
         return bool(self._released) or self._sockets.holding
 
-    def wait(self, timeout_s: float, *, also: int) -> None:
-        """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up. A dialer's.
+    def wait(self, timeout_s: float, *, also: int) -> bool:
+        """Wait until a message or a loss may be there, or the descriptor `also` is readable, or time is up; whether
+        `also` is. A dialer's.
 
         Call it only where nothing is `overlooked`. It touches no socket, so that another thread may use this end
         meanwhile, or close it.
@@ -171,7 +172,9 @@ class SharingEndpoint:
         for descriptor in (*self._sockets.descriptors, line, also):
             if descriptor >= 0:  # a line that is closed has none
                 poller.register(descriptor, select.POLLIN)
-        self._sockets.woken([descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))])
+        readable = [descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))]
+        self._sockets.woken(readable)
+        return also in readable
 
     def lost(self) -> bool:
         """Whether a dialer's connection, or its line, broke since the last call."""

@@ -62,6 +62,8 @@ class ZeroMQEndpoint:
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._monitor_spoke = True
         """Whether the monitor's descriptor was readable since it was last asked."""
+        self._silent = False
+        """Whether all was quiet, and the descriptor has just said that it still is: the next look is spared."""
         self.descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
         """Of which one becomes readable when a message, or a loss, may be there."""
 
@@ -111,7 +113,8 @@ class ZeroMQEndpoint:
         return not self._quiet and self.readable
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
-        if not self.readable:
+        silent, self._silent = self._silent, False
+        if silent or not self.readable:
             return None
         frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         buffers: list[Buffer] = [frame.buffer for frame in frames]
@@ -134,7 +137,11 @@ class ZeroMQEndpoint:
         return bool(self._trackers or self._released)
 
     def woken(self, descriptors: Container[int]) -> None:
-        """Whoever waited for a dialer's `descriptors` found these readable."""
+        """Whoever waited for a dialer's `descriptors` found these readable. Another thread may send meanwhile: nothing
+        here makes anybody overlook what came because of that."""
+        if self.descriptors[0] in descriptors:
+            self._quiet = False
+        self._silent = self._quiet
         self._monitor_spoke |= self._monitor is not None and self.descriptors[-1] in descriptors
 
     def lost(self) -> bool:
