@@ -37,18 +37,19 @@ ALIGNMENT_BYTES = 8
 
 
 class Block(NamedTuple):
-    """Elements [first, last) of the vector, encoded at [offset, offset + size) bytes."""
+    """Elements [first, last) of the vector, encoded at [offset, end) bytes; zeros fill `size` bytes up."""
 
     codec: Codec
     first: int
     last: int
     offset: int
+    end: int
     size: int
 
     @property
     def padded(self) -> bool:
-        """Whether zeros fill it up."""
-        return self.codec.encoded_bytes(self.last - self.first) < self.size
+        """Whether there are such zeros."""
+        return self.end < self.offset + self.size
 
 
 class Chunk(NamedTuple):
@@ -91,8 +92,7 @@ class Plan(NamedTuple):
     def pieces(self, data: U8) -> Iterator[Piece]:
         """Every block of parameters, for whoever remembers what encoding lost. data: (bytes,)."""
         for block in self.blocks[: self.parameter_blocks]:
-            end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-            start = None if block.codec.warm is None else data[block.offset : end]
+            start = None if block.codec.warm is None else data[block.offset : block.end]
             yield Piece(slice(block.first, block.last), partial(self.decode_block, block, data), start)
 
     def encode(
@@ -166,19 +166,19 @@ class Plan(NamedTuple):
     @staticmethod
     def encode_block(block: Block, x: F32, data: U8, key: int = 0, before: U8 | None = None) -> None:
         """data: (bytes,) <- x: (elements of the block,). Raises CodecError for NaN or infinity."""
-        codec, end = block.codec, block.offset + block.codec.encoded_bytes(block.last - block.first)
-        out, own = data[block.offset : end], draws.of_block(key, block.first) if codec.stochastic else 0
+        codec, out = block.codec, data[block.offset : block.end]
+        own = draws.of_block(key, block.first) if codec.stochastic else 0
         if before is not None and codec.warm is not None:
             codec.warm(x, out, own, before)
         else:
             codec.encode(x, out, own)
-        data[end : block.offset + block.size] = 0
+        if block.padded:
+            data[block.end : block.offset + block.size] = 0
 
     @staticmethod
     def decode_block(block: Block, data: U8, out: F32) -> None:
         """out: (elements of the block,) <- checked data: (bytes,)."""
-        end = block.offset + block.codec.encoded_bytes(block.last - block.first)
-        block.codec.decode(data[block.offset : end], out)
+        block.codec.decode(data[block.offset : block.end], out)
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Blocks [first, last) of parameters, cut where their codec sees a seam: (first, last) each."""
@@ -195,17 +195,16 @@ class Plan(NamedTuple):
         run, end = self.blocks[first], self.blocks[last - 1]
         assert run.codec.add is not None
         part = slice(run.first, end.last)
-        stop = end.offset + end.codec.encoded_bytes(end.last - end.first)
-        return run.codec.add(data[run.offset : stop], c[part], weight, out[part], 4 * self.elements)
+        return run.codec.add(data[run.offset : end.end], c[part], weight, out[part], 4 * self.elements)
 
     @staticmethod
     def values(block: Block, data: U8, scratch: F32) -> F32:
         """The values of a block of checked `data`, for reading: where they lie if they lie there, else in `scratch`."""
-        elements = block.last - block.first
         if block.codec.view is not None:
-            return block.codec.view(data[block.offset : block.offset + block.codec.encoded_bytes(elements)])
-        Plan.decode_block(block, data, scratch[:elements])
-        return scratch[:elements]
+            return block.codec.view(data[block.offset : block.end])
+        values = scratch[: block.last - block.first]
+        Plan.decode_block(block, data, values)
+        return values
 
 
 def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1, *, rows: bool = False) -> Plan:
@@ -225,9 +224,9 @@ def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1,
     blocks: list[Block] = []
     offset = 0
     for block_codec, first, last in spans:
-        size = _aligned(block_codec.encoded_bytes(last - first))
-        blocks.append(Block(block_codec, first, last, offset, size))
-        offset += size
+        encoded = block_codec.encoded_bytes(last - first)
+        blocks.append(Block(block_codec, first, last, offset, offset + encoded, _aligned(encoded)))
+        offset += blocks[-1].size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
     verbatim = all(block.codec.view is not None and block.offset == 4 * block.first for block in blocks)
     return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset, verbatim)
@@ -276,7 +275,7 @@ def _joined(blocks: Sequence[Block]) -> Iterator[Block]:
         if run is None:
             run = block
         elif run.codec is block.codec and block.codec.seamless and not block.codec.stochastic and not run.padded:
-            run = run._replace(last=block.last, size=run.size + block.size)
+            run = run._replace(last=block.last, end=block.end, size=run.size + block.size)
         else:
             yield run
             run = block
@@ -292,9 +291,8 @@ def _cut(parameters: int, index: int, fragments: int) -> int:
 def _encoded(block: Block, data: U8, offset: int) -> tuple[U8, int]:
     """The bytes of `block` without padding, and its elements. data: bytes from `offset` on; raises CodecError."""
     elements = block.last - block.first
-    start = block.offset - offset
-    end = start + block.codec.encoded_bytes(elements)
-    if end < start + block.size and data[end : start + block.size].any():
+    start, end = block.offset - offset, block.end - offset
+    if block.padded and data[end : start + block.size].any():
         raise CodecError("The padding of a block is not zero.")
     return data[start:end], elements
 

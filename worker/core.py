@@ -90,6 +90,10 @@ HELLO_TIMEOUTS_S = (0.5, 1.0, 2.0, 4.0, 5.0)
 PAUSE_S = 1.0
 """Before dialling again after a refusal that may come again."""
 LEAVE_TIMEOUT_S = 1.0
+SILENCE_S = 15.0
+"""Before the server has said how long a lease is."""
+BEAT_S = 2.0
+"""At least this often a worker says that it is there."""
 LOST_ON_THE_WAY = frozenset((Code.BAD_CHUNK, Code.TRUNCATED))
 """Nothing is wrong with what was sent: send it again."""
 ADOPTED = ("rule", "codec", "fragments")
@@ -149,6 +153,9 @@ class WorkerCore:
         self._attempts = 0
         self._local_steps = 1
         """H as the last Ack said it."""
+        self._silence_s = SILENCE_S
+        """So much silence is doubt: half a lease, so that there is time to come back within it."""
+        self._beat_s = BEAT_S
         self._away_told = False
         self._last_heard = 0.0
         self._last_answer = 0.0
@@ -222,23 +229,9 @@ class WorkerCore:
         assert all(0 in download.received for download in self._downloads.values()), self
 
     @property
-    def _lease_s(self) -> float:
-        welcome = self.membership.welcome
-        return float(welcome.settings["lease_s"]) if welcome else 30.0
-
-    @property
-    def _silence_s(self) -> float:
-        """So much silence is doubt: half a lease, so that there is time to come back within it."""
-        return self._lease_s / 2
-
-    @property
     def _expecting(self) -> bool:
         """Whether anything was asked for that has not come."""
         return self.phase == "waiting" or self._upload is not None or bool(self._wanted) or bool(self._downloads)
-
-    @property
-    def _beat_s(self) -> float:
-        return min(self._lease_s / 6, 2.0)
 
     def plan(self, codec: str, fragment: int | None = None) -> Plan:
         """The plan of this model, or of one of its fragments, in a codec."""
@@ -326,6 +319,8 @@ class WorkerCore:
         known_before = bool(m.token)
         m.welcome, m.worker = welcome, welcome.worker
         m.known = max(m.known, welcome.version)
+        lease_s = float(welcome.settings["lease_s"])
+        self._silence_s, self._beat_s = lease_s / 2, min(lease_s / 6, BEAT_S)
         self._attempts = 0
         self._beat_due = self._now + self._beat_s
         if first_of_connection:

@@ -41,9 +41,8 @@ def _add(x: Any, c: Any, weight: Any, out: Any, far: Any) -> bool:
 
 
 def encode(x: F32, out: U8, key: int = 0) -> None:
-    bits, target = x.view(np.uint32), out.view(np.uint32)
-    in_place = bits.ctypes.data == target.ctypes.data
-    if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, target, EXPONENT, False)):
+    bits, in_place = x.view(np.uint32), np.may_share_memory(x, out)
+    if not (all_finite(bits, EXPONENT) if in_place else copy_finite(bits, out.view(np.uint32), EXPONENT, False)):
         raise non_finite("The vector to encode")
 
 
