@@ -29,7 +29,7 @@ from common.messages import Buffer
 from common.transports.base import SERVER
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
-COPY_BYTES = 128 * 1024
+COPY_BYTES = 512 * 1024
 """Payloads up to this size are copied into the message: cheaper than tracking when they have been read."""
 WINDOW_CHUNKS = 64
 """Messages queued for one peer at most: well above what the windows of one session allow."""
