@@ -52,7 +52,7 @@ def reader(cls: type[Any]) -> Reader:
     given = [f"{name}_ = fields[{name!r}]" for name in kinds]  # the underscore keeps names like `bytes` apart
     tests = [f"len(fields) == {len(kinds)}", *(kind.test.format(f"{name}_") for name, kind in kinds.items())]
     values = [
-        kind.read.format(f"{name}_", check=f"check_{name}", where=repr(f"{cls.__name__}.{name}"))
+        kind.read.format(f"{name}_", check=f"check_{name}", where=f"'{cls.__name__}.{name}'")
         for name, kind in kinds.items()
     ]
     source = f"""
@@ -66,11 +66,12 @@ def read(fields, where{payload and ", payload=b''"}):
     return checked(fields, where{payload})
 """
     names = {"cls": cls, "checked": checked(cls), "Version": Version}
-    return cast(Reader, _defined("read", cls, source, names | {f"check_{n}": kind.check for n, kind in kinds.items()}))
+    checks = {f"check_{name}": kind.check for name, kind in kinds.items()}
+    return cast(Reader, _defined("read", cls, source, names | checks))
 
 
 def checked(cls: type[Any]) -> Reader:
-    """The reader that takes its time: it takes what `reader(cls)` takes, and names the field that it refuses."""
+    """The checkers, one by one: a reader that takes all that is allowed, and names the field that it refuses."""
     checkers = {name: (kind.check, f"{cls.__name__}.{name}") for name, kind in _kinds(cls).items()}
 
     def read(fields: object, where: str, *payload: object) -> object:
@@ -101,9 +102,8 @@ def _written_fields(cls: type[Any], instance: str) -> list[str]:
 
 def _written(hint: Any, value: str) -> str:
     if hint is str:
-        return (
-            f"{value} if len({value}) <= {STRING_BYTES // 4} else clipped({value})"  # a character has at most 4 bytes
-        )
+        short = STRING_BYTES // 4  # a character has at most 4 bytes
+        return f"{value} if len({value}) <= {short} else clipped({value})"
     if (inner := _inner_of_optional(hint)) is not None:
         return f"None if {value} is None else {_written(inner, value)}"
     if dataclasses.is_dataclass(hint):
