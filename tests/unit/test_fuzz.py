@@ -21,7 +21,7 @@ from common import codecs, messages, wire
 from common.codecs.base import Codec
 from common.errors import Code, CodecError, WireError
 from common.layout import Layout, Tensor
-from common.messages import Message, Version
+from common.messages import PROTOCOL, Message, Version
 from common.node import JobDone, Received, Record, Released, Run, Say, Send, Tick
 from paramserver.core import Exit, Save
 from tests.cluster import Desk, Hand
@@ -79,7 +79,7 @@ def fields(cls: type[Any], session: Any) -> st.SearchStrategy[dict[str, Any]]:
 
 def frames(cls: type[Any], header: dict[str, Any], payload: bytes) -> list[bytes]:
     """A message of that type as it is sent, also where its values are none."""
-    packed = msgpack.packb({"protocol": 1, "type": cls.__name__.lower(), **header})
+    packed = msgpack.packb({"protocol": PROTOCOL, "type": cls.__name__.lower(), **header})
     return [packed, payload] if payload else [packed]
 
 
@@ -112,7 +112,7 @@ def test_random_bytes_are_no_message_or_one(received: list[bytes]) -> None:
 @settings(max_examples=200, **PROFILE)
 @given(st.dictionaries(texts | st.binary(max_size=4), anything, max_size=6), st.sampled_from(KINDS), payloads)
 def test_random_maps_are_no_message_or_one(header: dict[Any, Any], cls: type[Any], payload: bytes) -> None:
-    packed = msgpack.packb({"protocol": 1, "type": cls.__name__.lower()} | header)
+    packed = msgpack.packb({"protocol": PROTOCOL, "type": cls.__name__.lower()} | header)
     decoded([packed, payload])
 
 
@@ -121,6 +121,7 @@ def test_random_maps_are_no_message_or_one(header: dict[Any, Any], cls: type[Any
 def test_mutated_bytes_of_a_valid_message(data: st.DataObject) -> None:
     cls = data.draw(st.sampled_from(KINDS))
     header, *rest = frames(cls, data.draw(fields(cls, Nobody)), b"")
+    assert isinstance(wire.decode([header, *rest]), cls), "as it is, it is one"
     mutated = bytearray(header)
     for _ in range(data.draw(st.integers(1, 4))):
         mutated[data.draw(st.integers(0, len(mutated) - 1))] = data.draw(st.integers(0, 255))
@@ -277,7 +278,7 @@ def test_server_bears_a_worker_that_tells_lies_about_its_push(data: st.DataObjec
     liar.anchor()
     before = desk.state()
     [push] = liar.pieces(1)
-    header = wire._plain(push)
+    header = msgpack.unpackb(bytes(wire.encode(push)[0]))
     where = header if data.draw(st.booleans()) else header["begin"]
     name = data.draw(st.sampled_from(sorted(where)))
     where[name] = data.draw(anything)

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from common import messages, wire
 from common.errors import Code, WireError
+from common.fields import INTEGER_LIMIT
 from common.messages import PROTOCOL, Beat, Begin, Diversity, Hello, Message, Push, Scalars, Version, Welcome
 
 KINDS = get_args(Message)
 TEXT = 1024
 """Longest text on the wire, bytes."""
 LEAVES: dict[Any, st.SearchStrategy[Any]] = {
-    int: st.integers(0, wire.INTEGER_LIMIT - 1),
+    int: st.integers(0, INTEGER_LIMIT - 1),
     float: st.floats(allow_nan=False),
     str: st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     bool: st.booleans(),
