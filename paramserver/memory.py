@@ -14,7 +14,7 @@ from common import chunks, codecs, rules
 from common.config import ServerSettings
 from common.layout import Layout
 from common.rules.base import add_update
-from paramserver.shard import LOSSLESS, adds_plainly, keeps_replicas
+from paramserver.shard import LOSSLESS, keeps_replicas, tries_updates
 from paramserver.slots import slot_count
 from paramserver.snapshots import BUFFERS
 
@@ -26,7 +26,7 @@ class MemoryPlan(NamedTuple):
 
     center: int
     second: int
-    """The center that is made while an update is checked, where memory may be shared."""
+    """The center that is made while an update is checked, where that comes whole."""
     rule_state: int
     per_session: int
     arrays: int
@@ -77,7 +77,7 @@ def plan(settings: ServerSettings, layout: Layout) -> MemoryPlan:
     count = slot_count((settings.pool_mib << 20) - snapshots, up_bytes + down.bytes, settings.max_sessions)
     return MemoryPlan(
         center=FLOAT_BYTES * layout.elements,
-        second=FLOAT_BYTES * layout.elements if shares and adds_plainly(rule, config, ups, down, layout) else 0,
+        second=FLOAT_BYTES * layout.elements if tries_updates(rule, config, ups, down, layout, shares=shares) else 0,
         rule_state=_vectors(rule.state(config, settings.overlap, 1, "float32")) * vector,
         per_session=session_vectors * vector + FLOAT_BYTES * layout.buffers,
         arrays=session_vectors * vector,
@@ -98,8 +98,8 @@ def before_the_model(settings: ServerSettings) -> str:
     vectors = 1 + _vectors(rule.state(config, settings.overlap, 1, "float32"))
     arrays = _vectors(rule.session(config, settings.overlap, 1, "float32"))
     shadow = "2 x " if settings.directory else ""
-    plain = settings.shared_memory and not settings.arrivals and rule.apply is add_update
-    second = " + 4N bytes for the next center, where updates and replies are plain," if plain else ""
+    tries = rule.apply is add_update
+    second = " + 4N bytes for the next center, where updates and replies are plain and come whole," if tries else ""
     replicas = " + W x 4N bytes for replicas" if keeps_replicas(rule, settings.replies) else ""
     return (
         f"Memory for a model of N parameters and W workers: {shadow}({vectors} + W x {arrays}) x 4N bytes{replicas}"

@@ -139,7 +139,7 @@ class Room:
             reply_codec=s.reply_codec,
             replies=s.replies,
             epoch=state.epoch,
-            second=bool(state.machine),
+            shares=bool(state.machine),
         )
         slots = Slots(self._plan(layout).slots, shard.longest_update, shard.longest_reply)
         return Hosted(shard, slots, Snapshots(shard.down.bytes))

@@ -92,7 +92,7 @@ class Shard:
         reply_codec: str,
         epoch: int,
         replies: str = "whole",
-        second: bool = False,
+        shares: bool = False,
     ) -> None:
         self.layout = layout
         self.rule = rule
@@ -112,8 +112,8 @@ class Shard:
         self.ups = tuple({one: cut(one, part, parts) for one in choices(codec)} for part in range(parts))
         """Of each fragment, by codec: where workers choose, there are several."""
         self.downs = tuple(cut(reply_codec, part, parts) for part in range(parts))
-        plainly = second and adds_plainly(rule, config, self.ups[0].values(), self.down, layout)
-        self._second = zeros(layout.elements, np.float32) if plainly else None
+        tries = tries_updates(rule, config, self.ups[0].values(), self.down, layout, shares=shares)
+        self._second = zeros(layout.elements, np.float32) if tries else None
         """Where the next center may be made."""
         self.longest_update = max(up.bytes for ups in self.ups for up in ups.values())
         """Bytes of the longest fragment of an update, in any codec."""
@@ -423,10 +423,13 @@ class Shard:
             assert all(len(up.blocks) == len(down.blocks) for up in ups.values())
 
 
-def adds_plainly(rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout) -> bool:
-    """Whether the rule only adds updates, of which, as of replies, the bytes may be the vector's own."""
+def tries_updates(
+    rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout, *, shares: bool
+) -> bool:
+    """Whether updates may be added before they are checked: the rule only adds them, their bytes, as those of replies,
+    may be the vector's own, and they come whole, in one message or in memory that is shared."""
     plain = any(up.verbatim for up in ups) and down.verbatim and not layout.buffers and rule.fragments(config) == 1
-    return plain and rule.apply is add_update
+    return plain and rule.apply is add_update and (shares or len(down.chunks) == 1)
 
 
 def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:
