@@ -44,6 +44,16 @@ def kernel(function: F) -> F:
         return cast(F, numba.njit(**options)(function))
 
 
+def callback(function: Callable[..., None], signature: str) -> int:
+    """Address of `function`, compiled, for C code that calls it on any thread; it stays for ever."""
+    made: Any = numba.cfunc(signature)(function)
+    _callbacks.append(made)
+    return int(made.address)
+
+
+_callbacks: list[Any] = []
+
+
 @kernel
 def exponent(value: Any) -> Any:
     """The bits of a float32 that are all set where it is NaN or infinite."""

@@ -423,9 +423,7 @@ class Shard:
             assert all(len(up.blocks) == len(down.blocks) for up in ups.values())
 
 
-def tries_updates(
-    rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout, *, shares: bool
-) -> bool:
+def tries_updates(rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout, *, shares: bool) -> bool:
     """Whether updates may be added before they are checked: the rule only adds them, their bytes, as those of replies,
     may be the vector's own, and they come whole, in one message or in memory that is shared."""
     plain = any(up.verbatim for up in ups) and down.verbatim and not layout.buffers and rule.fragments(config) == 1

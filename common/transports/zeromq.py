@@ -27,12 +27,15 @@ import zmq
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
+from common.transports.lending import Loan, keep, lend
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
-COPY_BYTES = 512 * 1024
-"""Payloads up to this size are copied into the message: cheaper than tracking when they have been read."""
+COPY_BYTES = 64 * 1024
+"""Payloads up to this size are copied into the message: cheaper than watching until they have been read."""
 WINDOW_CHUNKS = 64
 """Messages queued for one peer at most: well above what the windows of one session allow."""
+LENT_MESSAGES = 2 * WINDOW_CHUNKS
+"""So many before somebody looks which of them were read."""
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
 HANDSHAKE_MS = 2_000
 BACKLOG = 1024
@@ -52,7 +55,8 @@ class ZeroMQEndpoint:
         self._socket = socket
         self._address = address
         self._routes = socket.type == zmq.ROUTER
-        self._trackers: dict[int, list[zmq.MessageTracker]] = {}
+        self._lent: list[tuple[int, Loan]] = []
+        """Holds, and what they hold."""
         self._released: list[int] = []
         self._monitor: zmq.Socket[bytes] | None = None
         if not self._routes:
@@ -79,27 +83,40 @@ class ZeroMQEndpoint:
         try:
             if self._routes:
                 self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
-            read_later = self._send(frames[0], frames[1] if len(frames) > 1 else b"")
+            loan = self._send(frames[0], frames[1] if len(frames) > 1 else b"")
         except zmq.Again:
             return "the peer does not read"
         except zmq.ZMQError as error:
             if error.errno == errno.EHOSTUNREACH:
                 return "the peer is gone"
             raise
-        if hold and read_later is not None:
-            self._trackers.setdefault(hold, []).append(read_later)
+        if loan is not None:
+            self._lent.append((hold, loan))
+            if len(self._lent) > LENT_MESSAGES:
+                self._sweep()
         elif hold:
             self._released.append(hold)
         return ""
 
-    def _send(self, header: Buffer, payload: Buffer) -> zmq.MessageTracker | None:
-        """One message after its peer; what tells when the payload was read, where it was not copied."""
+    def _send(self, header: Buffer, payload: Buffer) -> Loan | None:
+        """One message after its peer; the payload, where it is lent and not copied."""
         if not payload:
             self._socket.send(header, zmq.NOBLOCK)
             return None
         self._socket.send(header, zmq.SNDMORE | zmq.NOBLOCK)
-        by_reference = len(payload) > COPY_BYTES
-        return self._socket.send(payload, zmq.NOBLOCK, copy=not by_reference, track=by_reference)
+        if len(payload) > COPY_BYTES:
+            return lend(self._socket, payload)
+        self._socket.send(payload, zmq.NOBLOCK)
+        return None
+
+    def _sweep(self) -> None:
+        """Find what was returned."""
+        lent, self._lent = self._lent, []
+        for hold, loan in lent:
+            if not loan.returned:
+                self._lent.append((hold, loan))
+            elif hold:
+                self._released.append(hold)
 
     @property
     def readable(self) -> bool:
@@ -114,27 +131,29 @@ class ZeroMQEndpoint:
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         silent, self._silent = self._silent, False
-        if silent or not self.readable:
+        if silent:
             return None
-        frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        buffers: list[Buffer] = [frame.buffer for frame in frames]
-        return (bytes(buffers[0]), buffers[1:]) if self._routes else (SERVER, buffers)
+        receive = self._socket.recv
+        try:
+            peer = receive(zmq.NOBLOCK) if self._routes else SERVER
+            frames = [receive(zmq.NOBLOCK, copy=False)]
+        except zmq.Again:
+            self._quiet = True
+            return None
+        while frames[-1].more:
+            frames.append(receive(zmq.NOBLOCK, copy=False))
+        return peer, [frame.buffer for frame in frames]
 
     def released(self) -> list[int]:
+        if self._lent:
+            self._sweep()
         done, self._released = self._released, []
-        for hold, trackers in list(self._trackers.items()):
-            waiting = [tracker for tracker in trackers if not tracker.done]
-            done += [hold] * (len(trackers) - len(waiting))
-            if waiting:
-                self._trackers[hold] = waiting
-            else:
-                del self._trackers[hold]
         return done
 
     @property
     def holding(self) -> bool:
         """Whether any buffer is still being read."""
-        return bool(self._trackers or self._released)
+        return bool(self._lent or self._released)
 
     def woken(self, descriptors: Container[int]) -> None:
         """Whoever waited for a dialer's `descriptors` found these readable. Another thread may send meanwhile: nothing
@@ -158,6 +177,8 @@ class ZeroMQEndpoint:
             self._monitor.close(linger=0)
             self._monitor = None
         self._socket.close(linger=0)
+        keep(loan for _, loan in self._lent)
+        self._lent.clear()
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:

@@ -1,0 +1,102 @@
+"""Payloads that ZeroMQ reads where they lie, and says when it has; without a thread that has to be woken for that.
+
+    loan = lend(socket, payload)        as the last part of a message
+    loan.returned                       whether it was read, or never will be
+    keep(loans)                         those of a socket that is being closed
+
+pyzmq lends, too; but what it has ZeroMQ call in the end wakes a thread of Python, which waits for the interpreter's
+lock and takes it from others: once a message. Here that is a compiled function, which sets a flag.
+
+Laws
+* A payload is not touched, and its loan is kept, until it is returned.
+* Who closes a socket hands its loans to `keep`: ZeroMQ may still be reading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import zmq
+from zmq.backend.cython import _zmq
+
+from common.kernels import callback
+from common.messages import Buffer
+
+MESSAGE_BYTES, MESSAGE_ALIGNMENT = 64, 8
+"""Of zmq_msg_t."""
+
+
+class Loan:
+    """One payload, from when it was handed to ZeroMQ on."""
+
+    __slots__ = ("_flag", "_payload")
+
+    def __init__(self, payload: Buffer) -> None:
+        self._payload = payload
+        self._flag = ctypes.c_int64(0)
+
+    @property
+    def flag(self) -> int:
+        """Address of what is set in the end."""
+        return ctypes.addressof(self._flag)
+
+    @property
+    def returned(self) -> bool:
+        """Whether nobody reads it any more."""
+        return self._flag.value != 0
+
+
+def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
+    """Send it, as the last part of a message, without waiting; raises what sending raises, and then nothing is lent."""
+    library, returned = _library(), _returned()
+    loan, message = Loan(payload), (ctypes.c_int64 * (MESSAGE_BYTES // MESSAGE_ALIGNMENT))()
+    if library.zmq_msg_init_data(message, _address(payload), len(payload), returned, loan.flag) != 0:
+        raise zmq.ZMQError()
+    if library.zmq_msg_send(message, socket.underlying, zmq.NOBLOCK) < 0:
+        error = library.zmq_errno()
+        library.zmq_msg_close(message)
+        raise zmq.Again() if error == zmq.EAGAIN else zmq.ZMQError(error)
+    return loan
+
+
+_orphans: list[Loan] = []
+_orphanage = threading.Lock()
+
+
+def keep(loans: Iterable[Loan]) -> None:
+    """Until they are returned."""
+    with _orphanage:
+        _orphans[:] = [loan for loan in (*_orphans, *loans) if not loan.returned]
+
+
+def _address(payload: Buffer) -> int:
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(payload))
+    except TypeError:  # it cannot be written to
+        return int(np.frombuffer(payload, np.uint8).ctypes.data)
+
+
+@functools.cache
+def _library() -> Any:
+    """The libzmq that pyzmq uses. Its functions return at once, so nobody else need have the interpreter meanwhile."""
+    library = ctypes.PyDLL(_zmq.__file__)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.zmq_msg_init_data.argtypes = (pointer, pointer, size, pointer, pointer)
+    library.zmq_msg_send.argtypes = (pointer, pointer, number)
+    library.zmq_msg_close.argtypes = (pointer,)
+    return library
+
+
+@functools.cache
+def _returned() -> int:
+    """Address of what ZeroMQ calls, on a thread of its own: free(payload, flag)."""
+
+    def free(payload: Any, flag: Any) -> None:
+        flag[0] = 1
+
+    return callback(free, "void(voidptr, CPointer(int64))")
