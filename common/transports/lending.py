@@ -27,8 +27,9 @@ from zmq.backend.cython import _zmq
 from common.kernels import callback
 from common.messages import Buffer
 
-MESSAGE_BYTES, MESSAGE_ALIGNMENT = 64, 8
-"""Of zmq_msg_t."""
+_NOBLOCK = int(zmq.NOBLOCK)
+_Message: Any = ctypes.c_int64 * 8
+"""zmq_msg_t, of which libzmq tells no more than that it has 64 bytes."""
 
 
 class Loan:
@@ -54,10 +55,10 @@ class Loan:
 def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
     """Send it, as the last part of a message, without waiting; raises what sending raises, and then nothing is lent."""
     library, returned = _library(), _returned()
-    loan, message = Loan(payload), (ctypes.c_int64 * (MESSAGE_BYTES // MESSAGE_ALIGNMENT))()
+    loan, message = Loan(payload), _Message()
     if library.zmq_msg_init_data(message, _address(payload), len(payload), returned, loan.flag) != 0:
         raise zmq.ZMQError()
-    if library.zmq_msg_send(message, socket.underlying, zmq.NOBLOCK) < 0:
+    if library.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
         error = library.zmq_errno()
         library.zmq_msg_close(message)
         raise zmq.Again() if error == zmq.EAGAIN else zmq.ZMQError(error)

@@ -43,8 +43,12 @@ LET_GO_S = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
+# Plain sending, receiving and options: what zmq.Socket puts around them, and its enumerations, cost more than they do
 _plain_option: Any = zmq.backend.Socket.get
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_plain_send: Any = zmq.backend.Socket.send
+_plain_receive: Any = zmq.backend.Socket.recv
+_EVENTS, _POLLIN, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
+_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
@@ -82,7 +86,7 @@ class ZeroMQEndpoint:
         self._quiet = False
         try:
             if self._routes:
-                self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+                _plain_send(self._socket, peer, _NOBLOCK_MORE)
             loan = self._send(frames[0], frames[1] if len(frames) > 1 else b"")
         except zmq.Again:
             return "the peer does not read"
@@ -101,12 +105,12 @@ class ZeroMQEndpoint:
     def _send(self, header: Buffer, payload: Buffer) -> Loan | None:
         """One message after its peer; the payload, where it is lent and not copied."""
         if not payload:
-            self._socket.send(header, zmq.NOBLOCK)
+            _plain_send(self._socket, header, _NOBLOCK)
             return None
-        self._socket.send(header, zmq.SNDMORE | zmq.NOBLOCK)
+        _plain_send(self._socket, header, _NOBLOCK_MORE)
         if len(payload) > COPY_BYTES:
             return lend(self._socket, payload)
-        self._socket.send(payload, zmq.NOBLOCK)
+        _plain_send(self._socket, payload, _NOBLOCK)
         return None
 
     def _sweep(self) -> None:
@@ -133,15 +137,14 @@ class ZeroMQEndpoint:
         silent, self._silent = self._silent, False
         if silent:
             return None
-        receive = self._socket.recv
         try:
-            peer = receive(zmq.NOBLOCK) if self._routes else SERVER
-            frames = [receive(zmq.NOBLOCK, copy=False)]
+            peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
+            frames = [_plain_receive(self._socket, _NOBLOCK, False)]
         except zmq.Again:
             self._quiet = True
             return None
         while frames[-1].more:
-            frames.append(receive(zmq.NOBLOCK, copy=False))
+            frames.append(_plain_receive(self._socket, _NOBLOCK, False))
         return peer, [frame.buffer for frame in frames]
 
     def released(self) -> list[int]:
@@ -182,7 +185,6 @@ class ZeroMQEndpoint:
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
-    """The plain option: what the class makes of it costs more than the rest of receiving."""
     return bool(_plain_option(socket, _EVENTS) & _POLLIN)
 
 
