@@ -17,6 +17,7 @@ import errno
 import os
 import re
 import socket as sockets
+import struct
 import time
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ _plain_send: Any = zmq.backend.Socket.send
 _plain_receive: Any = zmq.backend.Socket.recv
 _EVENTS, _POLLIN, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENT = struct.Struct("=Hi")
+"""Of a monitor: what, and of which descriptor."""
 _ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
@@ -62,17 +65,17 @@ class ZeroMQEndpoint:
         self._lent: list[tuple[int, Loan]] = []
         """Holds, and what they hold."""
         self._released: list[int] = []
-        self._monitor: zmq.Socket[bytes] | None = None
-        if not self._routes:
-            self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        watched = [socket] if self._monitor is None else [socket, self._monitor]
+        events = zmq.EVENT_ACCEPTED if self._routes else zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
+        self._monitor: zmq.Socket[bytes] | None = socket.get_monitor_socket(events)
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._monitor_spoke = True
-        """Whether the monitor's descriptor was readable since it was last asked."""
+        """Whether a dialer's monitor was readable since it was last asked."""
         self._silent = False
         """Whether all was quiet, and the descriptor has just said that it still is: the next look is spared."""
-        self.descriptors = [int(one.getsockopt(zmq.FD)) for one in watched]
+        self._broke = False
+        """Whether a connection broke, and nobody was told."""
+        self.descriptors = [int(one.getsockopt(zmq.FD)) for one in (socket, self._monitor)]
         """Of which one becomes readable when a message, or a loss, may be there."""
 
     @property
@@ -142,6 +145,8 @@ class ZeroMQEndpoint:
             frames = [_plain_receive(self._socket, _NOBLOCK, False)]
         except zmq.Again:
             self._quiet = True
+            if self._routes:
+                self._listen_to_monitor()
             return None
         while frames[-1].more:
             frames.append(_plain_receive(self._socket, _NOBLOCK, False))
@@ -168,11 +173,19 @@ class ZeroMQEndpoint:
 
     def lost(self) -> bool:
         """Whether a dialler's connection broke since the last call; to be told of `woken` before."""
-        broke, spoke, self._monitor_spoke = False, self._monitor_spoke, False
-        while spoke and self._monitor is not None and _readable(self._monitor):
-            self._monitor.recv_multipart(zmq.NOBLOCK)
-            broke = True
+        if self._monitor_spoke:
+            self._monitor_spoke = False
+            self._listen_to_monitor()
+        broke, self._broke = self._broke, False
         return broke
+
+    def _listen_to_monitor(self) -> None:
+        while self._monitor is not None and _readable(self._monitor):
+            event, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
+            if event == zmq.EVENT_DISCONNECTED:
+                self._broke = True
+            else:
+                _make_room(value)
 
     def close(self) -> None:
         if self._monitor is not None and not self._socket.closed:
@@ -182,6 +195,14 @@ class ZeroMQEndpoint:
         self._socket.close(linger=0)
         keep(loan for _, loan in self._lent)
         self._lent.clear()
+
+
+def _make_room(descriptor: int) -> None:
+    """In a Unix connection that has just begun, for a chunk that nobody has read yet: else its sender and its receiver
+    wake each other for every few pages. That of TCP grows by itself."""
+    with contextlib.suppress(OSError), sockets.socket(fileno=os.dup(descriptor)) as connection:  # or it is over already
+        if connection.family == sockets.AF_UNIX:
+            connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
