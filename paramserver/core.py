@@ -144,6 +144,8 @@ class ServerCore:
         """Messages of old connections, dropped."""
         self._recovered = recovered
         self._last_event: float | None = None
+        self._deadline: float | None = None
+        """As it was told last; None where it may be earlier now."""
         self._sweep_due = 0.0
         self._leaving: dict[str, tuple[str, int]] = {}
         """Sessions that end as soon as their push is decided: why, and their connection."""
@@ -205,14 +207,16 @@ class ServerCore:
         """Take in one event at `now` (monotonic seconds); return what shall be done."""
         self.state.now = now
         self._forgive_standstill()
+        taken_in = False
         match event:
             case Received(peer, frames):
-                self._received(peer, frames)
+                taken_in = self._received(peer, frames)
             case JobDone(job, results):
                 if run := self.order.finish(job, results):
                     self.out.add(run)
             case Released(hold):
                 self.downlink.released(hold)
+                taken_in = True
             case Unsendable(peer, reason):
                 self._unsendable(peer, reason)
             case Saved(version, seconds):
@@ -225,12 +229,19 @@ class ServerCore:
                 self._stop(reason)
             case Tick():
                 pass
-        self._let_time_pass()
+        if not taken_in or len(self.out) or self._deadline is None or now >= self._deadline:
+            self._deadline = None
+            self._let_time_pass()
         self._proceed()
         return self.out.take()
 
     def deadline(self) -> float | None:
         """When the next Tick is wanted: a lease, a budget, a checkpoint, or the regular round."""
+        if self._deadline is None:
+            self._deadline = self._next_deadline()
+        return self._deadline
+
+    def _next_deadline(self) -> float:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
         times = [self._sweep_due, state.now + self.settings.lease_s / 4]
@@ -243,16 +254,18 @@ class ServerCore:
 
     # Messages
 
-    def _received(self, peer: bytes, frames: Sequence[Buffer]) -> None:
+    def _received(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
+        """Whether it was taken in, and where nothing is said of it, that is all."""
         try:
             message = wire.decode(frames, payload_bytes=self._longest_payload)
         except WireError as error:
             self._malformed(peer, error)
-            return
+            return False
         try:
             self._dispatch(peer, message)
         except PeerError as error:
             self.out.fault(peer, error)
+        return isinstance(message, Chunk)
 
     @property
     def _longest_payload(self) -> int:
@@ -430,7 +443,9 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        for _ in range(2):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
+        for _ in range(
+            2 if len(self.order) else 0
+        ):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
             if run := self.order.next():
                 self.out.add(run)
             self.pulls.serve()

@@ -211,6 +211,9 @@ class Outbox:
         self.refusals: dict[str, int] = {}
         """How often each code was said, for `status`."""
 
+    def __len__(self) -> int:
+        return len(self._actions)
+
     def add(self, action: Any) -> None:
         """Any action."""
         self._actions.append(action)
