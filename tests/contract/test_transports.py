@@ -5,6 +5,7 @@ Nothing here waits for a fixed time and then asserts: everything is polled until
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -328,6 +329,34 @@ def test_round_trips_are_quick_also_after_idling(sockets: Wires) -> None:
         best.append(min(times))
     assert max(best) < 0.1, "a round trip on one machine"
     assert peer
+
+
+def test_a_connection_over_ipc_has_room_for_a_chunk(tmp_path: Path) -> None:
+    """Or as much as the system allows, which takes it twice for its own bookkeeping."""
+    before = unix_rooms()
+    wires = Wires("ipc", tmp_path)
+    try:
+        dialer, _ = wires.met()
+
+        def both_have_it() -> bool:
+            dialer.wait(0.1, also=-1)
+            return not dialer.lost() and len(unix_rooms() - before) == 2
+
+        until(both_have_it, "room both ways")
+        allowed = int(Path("/proc/sys/net/core/wmem_max").read_text())
+        assert [room for _, room in unix_rooms() - before] == [2 * min(PAYLOAD_BYTES, allowed)] * 2
+    finally:
+        wires.close()
+
+
+def unix_rooms() -> set[tuple[int, int]]:
+    """(descriptor, bytes) of the Unix connections of this process whose buffer for sending is not the system's."""
+    usual, found = int(Path("/proc/sys/net/core/wmem_default").read_text()), set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            if end.family == socket.AF_UNIX and (room := end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)) != usual:
+                found.add((int(name), room))
+    return found
 
 
 def test_message_beyond_the_limit_is_never_delivered(sockets: Wires) -> None:
