@@ -58,17 +58,16 @@ _ANY_PORT = re.compile(r"^(tcp://.*):0$")
 
 
 class ZeroMQEndpoint:
-    """A ROUTER or DEALER socket behind `common.transports.base.Endpoint`."""
+    """A ROUTER or DEALER socket, and its monitor, behind `common.transports.base.Endpoint`."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], address: str) -> None:
         self._socket = socket
         self._address = address
         self._routes = socket.type == zmq.ROUTER
         self._lent: list[tuple[int, Loan]] = []
         """Holds, and what they hold."""
         self._released: list[int] = []
-        events = zmq.EVENT_ACCEPTED if self._routes else zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
-        self._monitor: zmq.Socket[bytes] | None = socket.get_monitor_socket(events)
+        self._monitor = monitor
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._monitor_spoke = True
@@ -79,7 +78,7 @@ class ZeroMQEndpoint:
         """Whether a connection broke, and nobody was told."""
         self._heard: set[bytes] = set()
         """Peers; one that is not among them has perhaps just connected."""
-        self.descriptors = [int(one.getsockopt(zmq.FD)) for one in (socket, self._monitor)]
+        self.descriptors = [int(one.getsockopt(zmq.FD)) for one in (socket, monitor)]
         """Of which one becomes readable when a message, or a loss, may be there."""
 
     @property
@@ -174,7 +173,7 @@ class ZeroMQEndpoint:
         if self.descriptors[0] in descriptors:
             self._quiet = False
         self._silent = self._quiet
-        self._monitor_spoke |= self._monitor is not None and self.descriptors[-1] in descriptors
+        self._monitor_spoke |= self.descriptors[-1] in descriptors
 
     def lost(self) -> bool:
         """Whether a dialler's connection broke since the last call; to be told of `woken` before."""
@@ -185,7 +184,7 @@ class ZeroMQEndpoint:
         return broke
 
     def _listen_to_monitor(self) -> None:
-        while self._monitor is not None and _readable(self._monitor):
+        while not self._monitor.closed and _readable(self._monitor):
             event, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if event == zmq.EVENT_DISCONNECTED:
                 self._broke = True
@@ -193,11 +192,7 @@ class ZeroMQEndpoint:
                 _make_room(value)
 
     def close(self) -> None:
-        if self._monitor is not None and not self._socket.closed:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
-            self._monitor = None
-        self._socket.close(linger=0)
+        _close(self._socket, self._monitor)
         keep(loan for _, loan in self._lent)
         self._lent.clear()
 
@@ -205,9 +200,16 @@ class ZeroMQEndpoint:
 def _make_room(descriptor: int) -> None:
     """In a Unix connection that has just begun, for a chunk that nobody has read yet: else its sender and its receiver
     wake each other for every few pages. That of TCP grows by itself."""
-    with contextlib.suppress(OSError), sockets.socket(fileno=os.dup(descriptor)) as connection:  # or it is over already
-        if connection.family == sockets.AF_UNIX:
-            connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
+    with contextlib.suppress(OSError):  # it is over already, and the number perhaps another's
+        kept = os.dup(descriptor)
+        try:
+            connection = sockets.socket(fileno=kept)
+        except OSError:
+            os.close(kept)
+            return
+        with connection:
+            if connection.family == sockets.AF_UNIX:
+                connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
 
 
 def _readable(socket: zmq.Socket[bytes]) -> bool:
@@ -219,6 +221,7 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     _keep_freed_memory()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     _limit(socket)
+    monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED)  # before anything happens
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.BACKLOG, BACKLOG)
     bound: list[str] = []
@@ -228,10 +231,10 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
             socket.setsockopt(zmq.IPV6, int("[" in address))
             socket.bind(_ANY_PORT.sub(r"\1:*", address))
         except zmq.ZMQError as error:
-            _let_go(socket, bound)
+            _let_go(socket, monitor, bound)
             raise _cannot_bind(address, error) from None
         bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
-    return ZeroMQEndpoint(socket, bound[0])
+    return ZeroMQEndpoint(socket, monitor, bound[0])
 
 
 def dial(address: str) -> ZeroMQEndpoint:
@@ -239,17 +242,18 @@ def dial(address: str) -> ZeroMQEndpoint:
     _keep_freed_memory()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     _limit(socket)
+    monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
     socket.setsockopt(zmq.IPV6, int("[" in address))
     try:
         socket.connect(address)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
+        _close(socket, monitor)
         raise NetworkError(
             f"'{address}' is no address to dial ({error.strerror}).", fix="Write it as tcp://HOST:PORT or ipc://PATH."
         ) from None
-    return ZeroMQEndpoint(socket, address)
+    return ZeroMQEndpoint(socket, monitor, address)
 
 
 def _keep_freed_memory() -> None:
@@ -290,13 +294,21 @@ def _is_live_ipc(address: str) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def _let_go(socket: zmq.Socket[bytes], addresses: Sequence[str]) -> None:
+def _let_go(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], addresses: Sequence[str]) -> None:
     """Unbind, and wait until it is done: ZeroMQ does it on a thread of its own."""
     for address in addresses:
         socket.unbind(address)
     deadline = time.monotonic() + LET_GO_S
     while any(_is_live_ipc(address) for address in addresses) and time.monotonic() < deadline:
         time.sleep(0.001)
+    _close(socket, monitor)
+
+
+def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    """Both at once; a second call does nothing."""
+    if not socket.closed:
+        socket.disable_monitor()
+    monitor.close(linger=0)
     socket.close(linger=0)
 
 

@@ -5,7 +5,6 @@ Nothing here waits for a fixed time and then asserts: everything is polled until
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import select
@@ -353,7 +352,9 @@ def unix_rooms() -> set[tuple[int, int]]:
     """(descriptor, bytes) of the Unix connections of this process whose buffer for sending is not the system's."""
     usual, found = int(Path("/proc/sys/net/core/wmem_default").read_text()), set()
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+        if not os.path.realpath(f"/proc/self/fd/{name}").rpartition("/")[2].startswith("socket:"):
+            continue
+        with socket.socket(fileno=os.dup(int(name))) as end:
             if end.family == socket.AF_UNIX and (room := end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)) != usual:
                 found.add((int(name), room))
     return found
