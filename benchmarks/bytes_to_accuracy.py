@@ -15,7 +15,7 @@ gradient (times the learning rate) every step, and receives the mean. Counted ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -36,7 +36,7 @@ from worker.tasks import Context
 
 WORKERS = 4
 LOSSLESS = "fp32"
-CODECS = (LOSSLESS, "bf16", "int8", "int4", "e3m0", "sign", "topk", "topk:0.0075")
+CODECS = (LOSSLESS, "bf16", "int8", "int4", "int4:1024", "e3m0", "e3m0:1024", "sign", "topk", "topk:0.0075")
 """The last sends an update of `mnist` in a hundredth of its bytes, parts included that no codec quantises."""
 RULES = {"downpour": 4, "gem": 4, "local_sgd": 4}
 """Local steps of each on `mnist`."""
@@ -118,19 +118,22 @@ def run(
     json_file: harness.JsonFile = None,
 ) -> None:
     """Simulate, print, write."""
-    if unknown := [task for task in tasks if task not in CASES]:
-        raise ConfigError(f"There are no cases of task '{unknown[0]}'.", fix=f"Known: {', '.join(CASES)}.")
-    chosen = [
-        case
-        for task in tasks
-        for case in CASES[task]
-        if case == synchronous(task) or _is_wanted(case, only_rules, only_codecs)
-    ]
+    _expect("task", tasks, CASES)
+    cases = [case for task in tasks for case in CASES[task]]
+    _expect("rule", only_rules, {case.rule: None for case in cases})
+    _expect("codec", only_codecs, {case.codec: None for case in cases})
+    chosen = [case for case in cases if case == synchronous(case.task) or _is_wanted(case, only_rules, only_codecs)]
     runs = [simulation(case, TRAININGS[case.task], seed, data) for seed in range(seeds) for case in chosen]
     layouts = {task: layout_of(worker_tasks.load(task).make(Context(data=_folder(task, data))).model) for task in tasks}
     found = rows(simulated.run_all(runs, processes=processes, keep=keep), layouts)
     settings = {"workers": WORKERS, "seeds": seeds, **{f"steps on {task}": TRAININGS[task].steps for task in tasks}}
     simulated.report(BENCHMARK.name, found, settings, picture(found), json_file)
+
+
+def _expect(what: str, wanted: Iterable[str] | None, known: Collection[str]) -> None:
+    """Raise ConfigError for a name that no case has."""
+    if unknown := [name for name in wanted or () if name not in known]:
+        raise ConfigError(f"There is no case with the {what} '{unknown[0]}'.", fix=f"Known: {', '.join(known)}.")
 
 
 def _is_wanted(case: Case, only_rules: Sequence[str] | None, only_codecs: Sequence[str] | None) -> bool:
