@@ -85,6 +85,15 @@ class SharingEndpoint:
     def fileno(self) -> int:
         return self._sockets.fileno()
 
+    def monitor_fileno(self) -> int:
+        """Becomes readable when `listen_to_monitor` is due, once that was called a first time. A listener's; a dialer
+        is asked whether its connection is `lost`."""
+        return self._sockets.monitor_fileno()
+
+    def listen_to_monitor(self) -> None:
+        """Take in which connections began, whether or not anybody will ever speak there."""
+        self._sockets.listen_to_monitor()
+
     def share(self, peer: bytes, mine: Memory | None, theirs: tuple[bytes, U8], line: Line | None = None) -> None:
         """From now on `peer` reads payloads that lie in `mine` there, and this side its own in `theirs`: (mark, bytes).
 

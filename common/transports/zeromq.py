@@ -88,6 +88,10 @@ class ZeroMQEndpoint:
     def fileno(self) -> int:
         return self.descriptors[0]
 
+    def monitor_fileno(self) -> int:
+        """Becomes readable when `listen_to_monitor` is due, once that was called a first time."""
+        return self.descriptors[-1]
+
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
         self._quiet = False
         try:
@@ -153,7 +157,7 @@ class ZeroMQEndpoint:
             frames.append(_plain_receive(self._socket, _NOBLOCK, False))
         if peer not in self._heard:
             self._heard = {peer, *(self._heard if len(self._heard) < HEARD_PEERS else ())}
-            self._listen_to_monitor()
+            self.listen_to_monitor()
         return peer, [frame.buffer for frame in frames]
 
     def released(self) -> list[int]:
@@ -179,11 +183,13 @@ class ZeroMQEndpoint:
         """Whether a dialler's connection broke since the last call; to be told of `woken` before."""
         if self._monitor_spoke:
             self._monitor_spoke = False
-            self._listen_to_monitor()
+            self.listen_to_monitor()
         broke, self._broke = self._broke, False
         return broke
 
-    def _listen_to_monitor(self) -> None:
+    def listen_to_monitor(self) -> None:
+        """Take in which connections began or broke. Call it whenever there is something: ZeroMQ's own thread, and with
+        it every connection, waits for whoever leaves a few thousand of them there."""
         while not self._monitor.closed and _readable(self._monitor):
             event, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if event == zmq.EVENT_DISCONNECTED:

@@ -7,6 +7,7 @@ whatever is missing was undone by the crash, its worker was told so, and it is a
 from __future__ import annotations
 
 import json
+import socket
 from itertools import accumulate
 from pathlib import Path
 
@@ -66,3 +67,16 @@ def test_killed_worker_and_killed_server_apply_every_update_at_most_once(tmp_pat
         assert (slots[index, :STEPS] == ~missing).all(), (index, told["undone"])
         # what was trained while the server was away came along in one push
         assert max(told["pushes"]) > 1
+
+
+@pytest.mark.timeout(120)
+def test_a_server_outlives_connections_on_which_nobody_ever_speaks(tmp_path: Path) -> None:
+    """As a balancer makes them to see whether it is there: more than ZeroMQ keeps for a monitor that nobody listens to."""
+    with cleaned_up() as processes:
+        server = Server(tmp_path)
+        processes.append(server)
+        host, _, port = server.address.removeprefix("tcp://").rpartition(":")
+        for _ in range(3000):
+            socket.create_connection((host, int(port)), timeout=20.0).close()
+        assert server.status()["updates"] == 0
+        assert server.stop() == 0, server.text
