@@ -153,6 +153,7 @@ class ZeroMQEndpoint:
         except zmq.Again:
             self._quiet = True
             return None
+        self._quiet = False  # what came along is not announced again
         while frames[-1].more:
             frames.append(_plain_receive(self._socket, _NOBLOCK, False))
         if peer not in self._heard:

@@ -292,6 +292,20 @@ def test_after_a_pause_the_next_message_wakes_the_reader(sockets: Wires, pause_s
         os.close(wake)
 
 
+def test_what_came_along_with_a_message_is_never_overlooked(sockets: Wires) -> None:
+    """Whoever takes one message, without having waited for it, and leaves the next where it is."""
+    dialer, peer = sockets.met()
+    for _ in range(20):
+        assert dialer.receive() is None
+        for number in range(2):
+            sent(sockets.listener, peer, [b"%d" % number])
+        assert select.select([dialer.fileno()], [], [], TIMEOUT_S)[0]
+        time.sleep(0.001)  # so that mostly both are there
+        assert bytes(received(dialer)[1][0]) == b"0"
+        until(lambda: dialer.overlooked or select.select([dialer.fileno()], [], [], 0)[0] != [], "word of the second")
+        assert bytes(received(dialer)[1][0]) == b"1"
+
+
 def test_waiting_ends_by_a_wake_up_a_loss_or_the_time(sockets: Wires) -> None:
     dialer, _ = sockets.met()
     wake = os.eventfd(0, os.EFD_NONBLOCK)
