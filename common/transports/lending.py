@@ -9,7 +9,8 @@ lock and takes it from others: once a message. Here that is a compiled function,
 
 Laws
 * A payload is not touched, and its loan is kept, until it is returned.
-* Who closes a socket hands its loans to `keep`: ZeroMQ may still be reading.
+* Who closes a socket hands its loans to `keep`: ZeroMQ may still be reading. Its threads end after the interpreter, so
+  those outlive that, too.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
 
 
 _orphans: list[Loan] = []
+ctypes.pythonapi.Py_IncRef(
+    ctypes.py_object(_orphans)
+)  # never freed, so that nothing in it is, when the interpreter ends
 _orphanage = threading.Lock()
 
 

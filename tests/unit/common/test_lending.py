@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -90,3 +92,24 @@ def test_it_outlives_its_socket_for_as_long_as_it_may_be_read(
         return seen() is None and not lending._orphans
 
     until(gone, "the end of the payload")
+
+
+def test_what_may_still_be_read_outlives_the_interpreter() -> None:
+    """ZeroMQ's threads end after it."""
+    script = """
+import os, zmq
+from common.transports.lending import keep, lend
+
+class Payload(bytearray):
+    def __del__(self, write=os.write):
+        write(1, b"freed")
+
+context = zmq.Context.instance()
+sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+sender.bind("inproc://exit")
+receiver.connect("inproc://exit")
+keep([lend(sender, memoryview(Payload(100_000)))])
+os.write(1, b"lent ")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"lent "
