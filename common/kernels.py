@@ -46,7 +46,10 @@ def kernel(function: F) -> F:
 
 def callback(function: Callable[..., None], signature: str) -> int:
     """Address of `function`, compiled, for C code that calls it on any thread; it stays for ever."""
-    made: Any = numba.cfunc(signature)(function)
+    try:
+        made: Any = numba.cfunc(signature, cache=True)(function)
+    except RuntimeError:  # as for a kernel
+        made = numba.cfunc(signature)(function)
     _callbacks.append(made)
     return int(made.address)
 

@@ -1,5 +1,6 @@
 """Payloads that ZeroMQ reads where they lie, and says when it has; without a thread that has to be woken for that.
 
+    prepare()                           ahead of time, for whoever must not wait when it sends
     loan = lend(socket, payload)        as the last part of a message
     loan.returned                       whether it was read, or never will be
     keep(loans)                         those of a socket that is being closed
@@ -51,6 +52,11 @@ class Loan:
     def returned(self) -> bool:
         """Whether nobody reads it any more."""
         return self._flag.value != 0
+
+
+def prepare() -> None:
+    """Compile, or load, what ZeroMQ calls."""
+    _returned()
 
 
 def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:

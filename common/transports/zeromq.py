@@ -28,7 +28,7 @@ import zmq
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
-from common.transports.lending import Loan, keep, lend
+from common.transports.lending import Loan, keep, lend, prepare
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 64 * 1024
@@ -226,6 +226,7 @@ def _readable(socket: zmq.Socket[bytes]) -> bool:
 def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     """A ROUTER bound to every address; raises NetworkError where one is taken or cannot be."""
     _keep_freed_memory()
+    prepare()
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     _limit(socket)
     monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED)  # before anything happens

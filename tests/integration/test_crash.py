@@ -71,7 +71,7 @@ def test_killed_worker_and_killed_server_apply_every_update_at_most_once(tmp_pat
 
 @pytest.mark.timeout(120)
 def test_a_server_outlives_connections_on_which_nobody_ever_speaks(tmp_path: Path) -> None:
-    """As a balancer makes them to see whether it is there: more than ZeroMQ keeps for a monitor that nobody listens to."""
+    """As a balancer makes them to see whether it is there: more than ZeroMQ keeps for a monitor that nobody hears."""
     with cleaned_up() as processes:
         server = Server(tmp_path)
         processes.append(server)
