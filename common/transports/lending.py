@@ -3,23 +3,21 @@
     prepare()                           ahead of time, for whoever must not wait when it sends
     loan = lend(socket, payload)        as the last part of a message
     loan.returned                       whether it was read, or never will be
-    keep(loans)                         those of a socket that is being closed
 
 pyzmq lends, too; but what it has ZeroMQ call in the end wakes a thread of Python, which waits for the interpreter's
 lock and takes it from others: once a message. Here that is a compiled function, which sets a flag.
 
 Laws
-* A payload is not touched, and its loan is kept, until it is returned.
-* Who closes a socket hands its loans to `keep`: ZeroMQ may still be reading. Its threads end after the interpreter, so
-  those outlive that, too.
+* A payload stays where it is, and its flag too, until it is returned, whatever becomes of the loan, of the endpoint and
+  of the interpreter: ZeroMQ's threads outlive them all.
+* Nobody changes a payload before.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-from collections.abc import Iterable
+import itertools
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,8 @@ from zmq.backend.cython import _zmq
 from common.kernels import callback
 from common.messages import Buffer
 
+SWEEP_LOANS = 256
+"""Each time so many were lent it is looked which of all were returned."""
 _NOBLOCK = int(zmq.NOBLOCK)
 _Message: Any = ctypes.c_int64 * 8
 """zmq_msg_t, of which libzmq tells no more than that it has 64 bytes."""
@@ -50,8 +50,11 @@ class Loan:
 
     @property
     def returned(self) -> bool:
-        """Whether nobody reads it any more."""
-        return self._flag.value != 0
+        """Whether nobody reads it any more; it is not kept from then on."""
+        if self._flag.value == 0:
+            return False
+        _kept.pop(self.flag, None)
+        return True
 
 
 def prepare() -> None:
@@ -63,26 +66,29 @@ def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
     """Send it, as the last part of a message, without waiting; raises what sending raises, and then nothing is lent."""
     library, returned = _library(), _returned()
     loan, message = Loan(payload), _Message()
+    _keep(loan)
     if library.zmq_msg_init_data(message, _address(payload), len(payload), returned, loan.flag) != 0:
+        del _kept[loan.flag]
         raise zmq.ZMQError()
     if library.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
         error = library.zmq_errno()
         library.zmq_msg_close(message)
+        del _kept[loan.flag]
         raise zmq.Again() if error == zmq.EAGAIN else zmq.ZMQError(error)
     return loan
 
 
-_orphans: list[Loan] = []
-ctypes.pythonapi.Py_IncRef(
-    ctypes.py_object(_orphans)
-)  # never freed, so that nothing in it is, when the interpreter ends
-_orphanage = threading.Lock()
+_kept: dict[int, Loan] = {}
+"""By their flags: whatever is not known to be returned."""
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))  # it is never freed, so nothing in it is when the interpreter ends
+_lent = itertools.count()
 
 
-def keep(loans: Iterable[Loan]) -> None:
-    """Until they are returned."""
-    with _orphanage:
-        _orphans[:] = [loan for loan in (*_orphans, *loans) if not loan.returned]
+def _keep(loan: Loan) -> None:
+    if next(_lent) % SWEEP_LOANS == 0:
+        for other in list(_kept.values()):
+            _ = other.returned  # of those nobody asks for any more
+    _kept[loan.flag] = loan
 
 
 def _address(payload: Buffer) -> int:

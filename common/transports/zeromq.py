@@ -28,7 +28,7 @@ import zmq
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
-from common.transports.lending import Loan, keep, lend, prepare
+from common.transports.lending import Loan, lend, prepare
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 64 * 1024
@@ -200,7 +200,6 @@ class ZeroMQEndpoint:
 
     def close(self) -> None:
         _close(self._socket, self._monitor)
-        keep(loan for _, loan in self._lent)
         self._lent.clear()
 
 
