@@ -112,7 +112,7 @@ class Shard:
         self.ups = tuple({one: cut(one, part, parts) for one in choices(codec)} for part in range(parts))
         """Of each fragment, by codec: where workers choose, there are several."""
         self.downs = tuple(cut(reply_codec, part, parts) for part in range(parts))
-        tries = tries_updates(rule, config, self.ups[0].values(), self.down, layout, shares=shares)
+        tries = tries_updates(rule, config, self.ups[0].values(), self.downs[0], layout, shares=shares)
         self._second = zeros(layout.elements, np.float32) if tries else None
         """Where the next center may be made."""
         self.longest_update = max(up.bytes for ups in self.ups for up in ups.values())
@@ -243,7 +243,8 @@ class Shard:
         if plain < up.bytes and update[plain:].any():
             return None
         d, copy = update[:plain].view(np.float32), _NOWHERE if reply is None else out[:plain].view(np.float32)
-        out[plain : self.down.bytes] = 0
+        assert copy.size in (0, self.center.size), "kernels look at no bounds"
+        out[plain : self.downs[0].bytes] = 0
         blocks = self.exact.blocks
 
         def work(first: int, last: int, scratch: F32) -> bool:
@@ -425,7 +426,7 @@ class Shard:
 
 def tries_updates(rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, layout: Layout, *, shares: bool) -> bool:
     """Whether updates may be added before they are checked: the rule only adds them, their bytes, as those of replies,
-    may be the vector's own, and they come whole, in one message or in memory that is shared."""
+    to pushes (`down`), may be the vector's own, and they come whole, in one message or in memory that is shared."""
     plain = any(up.verbatim for up in ups) and down.verbatim and not layout.buffers and rule.fragments(config) == 1
     return plain and rule.apply is add_update and (shares or len(down.chunks) == 1)
 

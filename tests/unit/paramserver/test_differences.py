@@ -25,6 +25,8 @@ MODEL = Layout(
     )
 )
 """Several blocks, body, dense and buffers, in one message."""
+PLAIN = Layout(MODEL.tensors[:2])
+"""Without buffers: its updates may be added before they are checked, and answered with the center as it is."""
 
 
 class Holder:
@@ -79,15 +81,16 @@ def session(holder: Holder) -> Any:
     return holder.desk.core.sessions[holder.hand.session]
 
 
+@pytest.mark.parametrize("layout", [MODEL, PLAIN])
 @pytest.mark.parametrize("reply_codec", ["int8", "plain:int4", "plain:topk:0.05", "natural", "bf16:stochastic", "fp16"])
-def test_both_add_the_decoded_difference(reply_codec: str) -> None:
-    found = desk(reply_codec=reply_codec)
+def test_both_add_the_decoded_difference(reply_codec: str, layout: Layout) -> None:
+    found = desk(layout, reply_codec=reply_codec)
     a, b = Holder(found, "a"), Holder(found, "bb")
     for _ in range(5):
         for holder in (a, b):
             holder.merge(holder.push())
             holder.expect_same()
-    error = np.abs(a.x - center(found)[: MODEL.parameters]).max()
+    error = np.abs(a.x - center(found)[: layout.parameters]).max()
     assert 0 < error < 0.1, "it follows the center, and does not reach it"
 
 
