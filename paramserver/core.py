@@ -229,13 +229,13 @@ class ServerCore:
                 self._stop(reason)
             case Tick():
                 pass
-        if not taken_in or len(self.out) or self._deadline is None or now >= self._deadline:
+        if not taken_in or len(self.out) or self._leaving or now >= self.deadline():
             self._deadline = None
             self._let_time_pass()
         self._proceed()
         return self.out.take()
 
-    def deadline(self) -> float | None:
+    def deadline(self) -> float:
         """When the next Tick is wanted: a lease, a budget, a checkpoint, or the regular round."""
         if self._deadline is None:
             self._deadline = self._next_deadline()

@@ -260,7 +260,7 @@ class Daemon:
                     if refusal := self._endpoint.send(peer, frames, hold):
                         if hold:
                             self._loop.call_soon(self._handle, Released(hold))
-                        self._loop.call_soon(self._handle, Unsendable(peer, refusal))
+                        self._loop.call_soon(self._handle_and_receive, Unsendable(peer, refusal))
                 case Run():
                     if (done := self._run(action)) and self._core is not None:
                         self._do(self._recorder.enter(self._core, done, time.monotonic()))

@@ -1212,3 +1212,37 @@ def test_window_up_is_kept_open_by_a_half() -> None:
         for more in hand.heard(More):
             assert more.until - (sent + 1) <= 4
             until = more.until
+
+
+def test_whether_anybody_asks_for_the_deadline_changes_nothing() -> None:
+    """The log of a life has its events, and not who asked: lived again, everything happens with the same one. So does
+    the end of a session that leaves, whose push is decided between two chunks of another's."""
+    lives = []
+    for asks in (True, False):
+        desk = Desk(LARGE, budget_updates=1)
+        hands = [desk.join(name) for name in ("first", "second", "third")]
+        desk.by_itself = False
+        seen: list[list[str | None]] = []
+
+        def then(desk: Desk = desk, asks: bool = asks, seen: list[list[str | None]] = seen) -> None:
+            if asks:
+                desk.core.deadline()
+            seen.append([None if s.ended is None else s.worker for s in desk.core.sessions.values()])
+
+        begin, chunk, *_ = hands[2].pieces(1)
+        for hand in hands[:2]:
+            for message in hand.pieces(1):
+                hand.send(message)
+                then()
+        hands[2].send(begin)
+        then()
+        hands[1].bye()
+        then()
+        while desk.jobs:
+            desk.work()
+            then()
+        hands[2].send(chunk)
+        then()
+        lives.append(seen)
+    assert lives[0] == lives[1]
+    assert lives[0][-1] == [None, "second", None]
