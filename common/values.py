@@ -5,7 +5,7 @@
 
 Laws
 * Nobody changes a value. mypy sees to that, as of any frozen dataclass; at run time nothing does, because a constructor
-  that may not assign to what it makes takes five times as long: together a twentieth of a small exchange.
+  that may not assign to what it makes takes five times as long: a tenth of what both cores do for an exchange.
 * Equal fields, equal values, equal hashes.
 """
 

@@ -35,8 +35,6 @@ COPY_BYTES = 64 * 1024
 """Payloads up to this size are copied into the message: cheaper than watching until they have been read."""
 WINDOW_CHUNKS = 64
 """Messages queued for one peer at most: well above what the windows of one session allow."""
-HEARD_PEERS = 4096
-"""So many are remembered."""
 LENT_MESSAGES = 2 * WINDOW_CHUNKS
 """So many before somebody looks which of them were read."""
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
@@ -76,8 +74,6 @@ class ZeroMQEndpoint:
         """Whether all was quiet, and the descriptor has just said that it still is: the next look is spared."""
         self._broke = False
         """Whether a connection broke, and nobody was told."""
-        self._heard: set[bytes] = set()
-        """Peers; one that is not among them has perhaps just connected."""
         self.descriptors = [int(one.getsockopt(zmq.FD)) for one in (socket, monitor)]
         """Of which one becomes readable when a message, or a loss, may be there."""
 
@@ -156,9 +152,6 @@ class ZeroMQEndpoint:
         self._quiet = False  # what came along is not announced again
         while frames[-1].more:
             frames.append(_plain_receive(self._socket, _NOBLOCK, False))
-        if peer not in self._heard:
-            self._heard = {peer, *(self._heard if len(self._heard) < HEARD_PEERS else ())}
-            self.listen_to_monitor()
         return peer, [frame.buffer for frame in frames]
 
     def released(self) -> list[int]:

@@ -353,6 +353,7 @@ def test_a_connection_over_ipc_has_room_for_a_chunk(tmp_path: Path) -> None:
 
         def both_have_it() -> bool:
             dialer.wait(0.1, also=-1)
+            wires.listener.listen_to_monitor()
             return not dialer.lost() and len(unix_rooms() - before) == 2
 
         until(both_have_it, "room both ways")
