@@ -443,9 +443,8 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        for _ in range(
-            2 if len(self.order) else 0
-        ):  # decisions without kernels may answer or ask for pulls, whose jobs start at once
+        rounds = 2 if len(self.order) else 0  # a decision without kernels may ask for pulls, whose jobs start at once
+        for _ in range(rounds):
             if run := self.order.next():
                 self.out.add(run)
             self.pulls.serve()
