@@ -19,7 +19,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -59,6 +59,9 @@ class Chunk(NamedTuple):
     last: int
     offset: int
     size: int
+    joined: tuple[Block, ...]
+    """The same blocks, those of a seamless codec that lie side by side as one: a call of a kernel costs as much as
+    10 KB."""
 
 
 Span: TypeAlias = tuple[int, int, int]
@@ -71,10 +74,14 @@ class Plan(NamedTuple):
     codec: str
     elements: int
     """Of the whole vector, of which a fragment's plan has only some blocks."""
+    travels: int
+    """Elements of these blocks."""
     parameter_blocks: int
     """The first so many blocks hold parameters, the others buffers."""
     blocks: tuple[Block, ...]
     chunks: tuple[Chunk, ...]
+    whole: Chunk
+    """All blocks, as where they lie in shared memory."""
     bytes: int
     verbatim: bool
     """Whether the bytes are the vector's own."""
@@ -110,20 +117,19 @@ class Plan(NamedTuple):
         key: of this push, where a codec rounds at random (`draws.of_push`). before: what blocks that start from their
         last update were encoded to in that, by first element (`feedback.Memory.before`).
         """
-        for block in _joined(self.blocks[first:last]):
+        for block in self._joined(first, last):
             earlier = before.get(block.first) if before else None
             self.encode_block(block, flat[block.first : block.last], data, key, earlier)
 
     def check(self, data: U8, chunk: Chunk) -> None:
         """Raise CodecError unless the blocks of `chunk` can be decoded to finite values. data: (bytes,)."""
-        for block in _joined(self.blocks[chunk.first : chunk.last]):
+        for block in chunk.joined:
             encoded, elements = _encoded(block, data, 0)
             block.codec.check(encoded, elements)
 
     def span(self, first: int, last: int) -> Chunk:
         """Blocks [first, last) as one chunk."""
-        start, end = self.blocks[first], self.blocks[last - 1]
-        return Chunk(first, last, start.offset, end.offset + end.size - start.offset)
+        return _chunk(self.blocks, first, last)
 
     def take(self, chunk: Chunk, payload: U8, data: U8) -> None:
         """data: (bytes,) <- payload: (chunk.size,), checked. Raises CodecError.
@@ -131,7 +137,7 @@ class Plan(NamedTuple):
         Block by block, while it is in the cache. It is checked where it then lies (or as it is copied), so that nobody
         can change it between the check and the use.
         """
-        for block in _joined(self.blocks[chunk.first : chunk.last]):
+        for block in chunk.joined:
             start, end = block.offset, block.offset + block.size
             piece, codec = payload[start - chunk.offset : end - chunk.offset], block.codec
             if codec.open is not None and codec.view is not None:
@@ -145,7 +151,7 @@ class Plan(NamedTuple):
 
     def open(self, chunk: Chunk, payload: U8, flat: F32) -> None:
         """flat: (elements,) <- payload: (chunk.size,), each block checked first. Raises CodecError."""
-        for block in _joined(self.blocks[chunk.first : chunk.last]):
+        for block in chunk.joined:
             encoded, elements = _encoded(block, payload, chunk.offset)
             x = flat[block.first : block.last]
             if block.codec.open is not None:
@@ -160,8 +166,12 @@ class Plan(NamedTuple):
 
     def decode(self, data: U8, flat: F32, first: int = 0, last: int | None = None) -> None:
         """flat: (elements,) <- checked data: (bytes,), blocks [first, last)."""
-        for block in _joined(self.blocks[first:last]):
+        for block in self._joined(first, last):
             self.decode_block(block, data, flat[block.first : block.last])
+
+    def _joined(self, first: int, last: int | None) -> Iterable[Block]:
+        """Blocks [first, last), joined as those of a chunk are."""
+        return self.whole.joined if first == 0 and last is None else _joined(self.blocks[first:last])
 
     @staticmethod
     def encode_block(block: Block, x: F32, data: U8, key: int = 0, before: U8 | None = None) -> None:
@@ -229,7 +239,17 @@ def plan(layout: Layout, codec_name: str, fragment: int = 0, fragments: int = 1,
         offset += blocks[-1].size
     parameter_blocks = sum(block.last <= layout.parameters for block in blocks)
     verbatim = all(block.codec.view is not None and block.offset == 4 * block.first for block in blocks)
-    return Plan(codec.name, layout.elements, parameter_blocks, tuple(blocks), _pack(blocks), offset, verbatim)
+    return Plan(
+        codec.name,
+        layout.elements,
+        sum(last - first for _, first, last in spans),
+        parameter_blocks,
+        tuple(blocks),
+        _pack(blocks),
+        _chunk(blocks, 0, len(blocks)),
+        offset,
+        verbatim,
+    )
 
 
 def _even(start: int, end: int) -> Iterator[Span]:
@@ -269,7 +289,7 @@ def _fitting(codec: Codec, dense: Codec, elements: int, columns: int) -> Codec:
 
 
 def _joined(blocks: Sequence[Block]) -> Iterator[Block]:
-    """The blocks, those of a seamless codec that lie side by side as one: a call of a kernel costs as much as 10 KB."""
+    """The blocks, those of a seamless codec that lie side by side as one."""
     run: Block | None = None
     for block in blocks:
         if run is None:
@@ -301,18 +321,18 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def _chunk(blocks: Sequence[Block], first: int, last: int) -> Chunk:
+    """Blocks [first, last) as one chunk."""
+    start, end = blocks[first].offset, blocks[last - 1].offset + blocks[last - 1].size
+    return Chunk(first, last, start, end - start, tuple(_joined(blocks[first:last])))
+
+
 def _pack(blocks: list[Block]) -> tuple[Chunk, ...]:
     """As many whole blocks into each chunk as fit 1 MiB."""
     chunks: list[Chunk] = []
     first = 0
-    for index, block in enumerate(blocks):
-        full = (
-            index + 1 == len(blocks)
-            or blocks[index + 1].offset + blocks[index + 1].size - blocks[first].offset > CHUNK_BYTES
-        )
-        if full:
-            chunks.append(
-                Chunk(first, index + 1, blocks[first].offset, block.offset + block.size - blocks[first].offset)
-            )
-            first = index + 1
+    for index in range(1, len(blocks) + 1):
+        if index == len(blocks) or blocks[index].offset + blocks[index].size - blocks[first].offset > CHUNK_BYTES:
+            chunks.append(_chunk(blocks, first, index))
+            first = index
     return tuple(chunks)

@@ -45,9 +45,9 @@ class Unsendable:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The transport no longer reads the buffers sent under `hold`."""
+    """The transport no longer reads these: a hold for each message that was sent under one."""
 
-    hold: int
+    holds: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

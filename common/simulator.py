@@ -266,7 +266,7 @@ class Link:
 
     def read(self, server: Host, hold: int) -> None:
         """Nothing that was sent under this hold is read any more."""
-        server.handle(Released(hold))
+        server.handle(Released((hold,)))
 
     def read_at(self, arrivals_s: Sequence[float]) -> float:
         """When the buffers of a message, whose copies arrive then, are no longer read: with the last of them."""
@@ -337,5 +337,5 @@ class Link:
 def unsent(server: Host, peer: bytes, hold: int) -> None:
     """Tell a server that what it sent to `peer` reaches nobody."""
     if hold:
-        server.soon(Released(hold))
+        server.soon(Released((hold,)))
     server.soon(Unsendable(peer, "the peer is gone"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgpack
 
@@ -61,14 +61,17 @@ def decode(frames: Sequence[Buffer], *, payload_bytes: int = PAYLOAD_BYTES) -> M
     kind = _KINDS_BY_NAME.get(name) if type(name) is str else None
     if kind is None:
         raise WireError("The header names no type of message that exists.")
+    message: Message
     if len(frames) == 1:
-        return cast(Message, kind.read(header, kind.cls.__name__))
+        message = kind.read(header, kind.cls.__name__)
+        return message
     if not kind.has_payload:
         raise WireError(f"{kind.cls.__name__} carries no payload.")
     limit = payload_bytes if kind.cls in MAY_LIE_IN_SHARED_MEMORY else PAYLOAD_BYTES
     if len(frames[1]) > limit:
         raise WireError(f"The payload has {len(frames[1])} bytes, at most {limit} are allowed.", code=Code.LIMIT)
-    return cast(Message, kind.read(header, kind.cls.__name__, frames[1]))
+    message = kind.read(header, kind.cls.__name__, frames[1])
+    return message
 
 
 def _unpack(frame: Buffer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from common.chunks import Plan
 from common.codecs.base import F32, U8
 from common.errors import PeerError
 from common.messages import Ack, Reply, Scalars
-from common.rules.base import Accumulate, Apply, Effect, Exchange, Facts, changes_center, reply_to, weighted
+from common.rules.base import Effect, Facts, changes_center, reply_to, weight_of, weighted
 from common.rules.base import Reply as Answer
 from paramserver.deciding import Deciding
 from paramserver.downlink import Downlink
@@ -223,7 +223,7 @@ class Applying:
         shard.generation += 1
         if changed := changes_center(push.effects):
             shard.advance()
-        weight = next((e.weight for e in push.effects if isinstance(e, Apply | Accumulate | Exchange)), 0.0)
+        weight = weight_of(push.effects)
         session.transfer = None
         session.late = push.late
         held = push.answer is None
@@ -267,7 +267,8 @@ class Applying:
             if not state.keeps_replies:
                 session.go_on()
         self._deciding.carry_out(push.effects, pusher=session)
-        self._give_late()
+        if state.settings.max_clock_gap is not None:
+            self._give_late()
 
     def _buffers(self, session: Session, fragment: int) -> list[F32]:
         """The members' last float buffers, this session's first; none where buffers stay local."""

@@ -33,7 +33,7 @@ from common.messages import Buffer, Version
 from common.node import JobDone, Received, Released, Run, Send, Tick, Unsendable
 from paramserver.core import Exit, Save, Saved, SaveFailed, ServerCore, Stop
 
-MAGIC = b"arrivals 1\n"
+MAGIC = b"arrivals 2\n"
 SAMPLE_BYTES = 4096
 """Of each payload with encoded arrays that leaves the core, so much is hashed: to hash all would cost too much."""
 RANGES_LIMIT = 4096
@@ -180,8 +180,8 @@ def _plain(event: Any) -> tuple[str, list[Any], Sequence[Buffer]]:
             return "received", [peer, [len(frame) for frame in frames]], frames
         case JobDone(job, results):
             return "job", [job, len(results)], ()
-        case Released(hold):
-            return "released", [hold], ()
+        case Released(holds):
+            return "released", list(holds), ()
         case Tick():
             return "tick", [], ()
         case Unsendable(peer, reason):
@@ -281,7 +281,7 @@ def _job_done(payload: bytes, job: int, results: int) -> JobDone:
 _EVENTS: dict[str, Callable[..., Any]] = {
     "received": _received,
     "job": _job_done,
-    "released": lambda payload, hold: Released(hold),
+    "released": lambda payload, *holds: Released(holds),
     "tick": lambda payload: Tick(),
     "unsendable": lambda payload, peer, reason: Unsendable(peer, reason),
     "saved": lambda payload, version, seconds: Saved(Version(*version), seconds),

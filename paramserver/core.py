@@ -41,6 +41,7 @@ from common.messages import (
     Version,
 )
 from common.node import JobDone, Received, Released, Tick, Unsendable
+from common.rules.base import has_own
 from common.values import dataclass
 from paramserver import durability, status
 from paramserver.applying import Applying
@@ -143,6 +144,9 @@ class ServerCore:
         self.drained = 0
         """Messages of old connections, dropped."""
         self._recovered = recovered
+        self._half_lease_s = settings.lease_s / 2
+        self._may_wait = has_own(self.state.rule, "waits") or settings.max_clock_gap is not None
+        """Whether workers are ever made to wait for others."""
         self._last_event: float | None = None
         self._deadline: float | None = None
         """As it was told last; None where it may be earlier now."""
@@ -199,6 +203,7 @@ class ServerCore:
                     self.deciding.dismiss(session)
                 elif session.live and session.anchored:
                     self.deciding.enrol(session)
+            self.pulls.answer_late()  # where the gap that they were held for is no longer set, nobody else will
             self.out.say("info", f"Recovered version {self.state.recovered} with {len(self.sessions)} sessions.")
             self._recovered = None
         return self.out.take()
@@ -214,8 +219,9 @@ class ServerCore:
             case JobDone(job, results):
                 if run := self.order.finish(job, results):
                     self.out.add(run)
-            case Released(hold):
-                self.downlink.released(hold)
+            case Released(holds):
+                for hold in holds:
+                    self.downlink.released(hold)
                 taken_in = True
             case Unsendable(peer, reason):
                 self._unsendable(peer, reason)
@@ -244,18 +250,17 @@ class ServerCore:
     def _next_deadline(self) -> float:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
-        times = [self._sweep_due, state.now + self.settings.lease_s / 4]
-        deadlines = (self.initial.deadline, self.durability.deadline, self.deciding.deadline)
-        times += [t for t in deadlines if t is not None]
-        times += self._waited_for.values()
-        if not state.finished and (end := state.budget.end()) is not None:
-            times.append(end)
-        return min(times)
+        first = min(self._sweep_due, state.now + self._half_lease_s / 2, *self._waited_for.values())
+        end = None if state.finished else state.budget.end()
+        for due in (self.initial.deadline, self.durability.deadline, self.deciding.deadline, end):
+            if due is not None and due < first:
+                first = due
+        return first
 
     # Messages
 
     def _received(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
-        """Whether it was taken in, and where nothing is said of it, that is all."""
+        """Whether it was taken in, and where nothing is said of it, that is all: what a push leads to, its job does."""
         try:
             message = wire.decode(frames, payload_bytes=self._longest_payload)
         except WireError as error:
@@ -265,7 +270,7 @@ class ServerCore:
             self._dispatch(peer, message)
         except PeerError as error:
             self.out.fault(peer, error)
-        return isinstance(message, Chunk)
+        return isinstance(message, Chunk | Push)
 
     @property
     def _longest_payload(self) -> int:
@@ -320,10 +325,11 @@ class ServerCore:
 
     def _session(self, message: Any, peer: bytes) -> Session | None:
         """The session a message belongs to, its lease renewed; None where it is stale, foreign, or of another time."""
-        session = self.sessions.get(message.session)
+        state = self.state
+        session = state.sessions.get(message.session)
         if session is not None and session.live and session.peer == peer and session.connection == message.connection:
-            session.lease_end = self.state.now + self.settings.lease_s
-            session.last_seen = self.state.now
+            session.lease_end = state.now + state.settings.lease_s
+            session.last_seen = state.now
             session.malformed = 0
             return session
         self.drained += 1
@@ -389,7 +395,7 @@ class ServerCore:
         now = self.state.now
         stood_s = now - (self._last_event if self._last_event is not None else now)
         self._last_event = now
-        if stood_s > self.settings.lease_s / 2:
+        if stood_s > self._half_lease_s:
             self.out.say("warning", f"The server stood still for {stood_s:.1f} s; all leases are extended.")
             for session in self.sessions.values():
                 if session.live:
@@ -409,7 +415,8 @@ class ServerCore:
         self.deciding.tick()
         if self.settings.max_clock_gap is not None:
             self.pulls.answer_late()
-        self._say_who_is_waited_for()
+        if self._may_wait:
+            self._say_who_is_waited_for()
         if not state.finished and state.budget.used_up(state.now):
             state.end_if_used_up(counted=not state.mid_round)
         if state.finished and not self._goodbye_said:
@@ -443,8 +450,9 @@ class ServerCore:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
         self.uplink.give_slots()
         self.pulls.serve()
-        rounds = 2 if len(self.order) else 0  # a decision without kernels may ask for pulls, whose jobs start at once
-        for _ in range(rounds):
+        for _ in range(2):  # a decision without kernels may ask for pulls, whose jobs start at once
+            if not self.order.ready:
+                break
             if run := self.order.next():
                 self.out.add(run)
             self.pulls.serve()

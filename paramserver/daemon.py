@@ -215,8 +215,8 @@ class Daemon:
     def _release(self) -> bool:
         """Tell the core which buffers are free again, and whether there were any; ask again soon while some are not."""
         released = self._endpoint.released()
-        for hold in released:
-            self._handle(Released(hold))
+        if released:
+            self._handle(Released(released))
         if self._endpoint.holding and self._release_timer is None and not self._stopped.is_set():
             self._release_timer = self._loop.call_later(RELEASE_POLL_S, self._release_again)
         return bool(released)
@@ -259,7 +259,7 @@ class Daemon:
                 case Send(peer, frames, hold):
                     if refusal := self._endpoint.send(peer, frames, hold):
                         if hold:
-                            self._loop.call_soon(self._handle, Released(hold))
+                            self._loop.call_soon(self._handle, Released((hold,)))
                         self._loop.call_soon(self._handle_and_receive, Unsendable(peer, refusal))
                 case Run():
                     if (done := self._run(action)) and self._core is not None:

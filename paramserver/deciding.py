@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import Code, ConfigError, PeerError
 from common.messages import Diversity, Order
-from common.rules.base import Decided, Decisions, Effect, Member, Reply, changes_center, computes
+from common.rules.base import Decided, Decisions, Effect, Member, Reply, changes_center, computes, has_own
 from common.rules.base import Order as OrderEffect
 from paramserver import diversity
 from paramserver.order import Job, WorkOrder
@@ -44,12 +44,13 @@ class Deciding:
         self._answer = answer
         self._turn_away = turn_away
         self._ticking = False
+        self._timed = has_own(state.rule, "deadline")
 
     @property
     def deadline(self) -> float | None:
         """When the rule wants to be told that time has passed (monotonic seconds)."""
         state = self._state
-        if state.model is None or not state.initialised or state.finished or self._ticking:
+        if not self._timed or state.model is None or not state.initialised or state.finished or self._ticking:
             return None
         at_s = state.rule.deadline(state.config, state.hosted.shard.decisions)
         return None if at_s is None else state.now + at_s - state.training_s

@@ -108,8 +108,9 @@ class Downlink:
 
     def cancel(self, session: str, *, of_push: bool = False) -> None:
         """Send no more to this session: its connection is gone, or (`of_push`) it has gone on to its next push."""
-        for out in [out for out in self._outgoing.values() if out.session == session and out.of_push >= of_push]:
-            self._cancel(out)
+        if self._outgoing:
+            for out in [out for out in self._outgoing.values() if out.session == session and out.of_push >= of_push]:
+                self._cancel(out)
 
     def expire(self, before: float) -> None:
         """Give up replies of which nobody has asked for more since `before`, so that they hold no buffer for ever."""

@@ -51,19 +51,20 @@ class LateReplies:
         self._order = order
         self._applying = applying
         self._deciding = deciding
-        self._waiting: deque[_Late] = deque()
+        self.waiting: deque[_Late] = deque()
+        """Replies that have no room yet."""
         self.being_made = 0
         """Replies that have room and whose job is not over."""
 
     def add(self, session: Session) -> None:
         """The session's last push is applied, and can be answered now."""
-        if not any(late.session is session and late.wanted for late in self._waiting):
-            self._waiting.append(_Late(session, session.decision))
+        if not any(late.session is session and late.wanted for late in self.waiting):
+            self.waiting.append(_Late(session, session.decision))
 
     def serve(self) -> None:
         """Room to those who wait, in order, and a job for each that has it."""
-        while self._waiting:
-            late = self._waiting[0]
+        while self.waiting:
+            late = self.waiting[0]
             if late.wanted and self._state.diverged:
                 self._applying.tell_decision(late.session)
             elif late.wanted:
@@ -76,7 +77,7 @@ class LateReplies:
                 self._order.add(
                     Job(name, partial(self._start, late, owed), partial(self._finish, late, owed)), pull=True
                 )
-            self._waiting.popleft()
+            self.waiting.popleft()
 
     def _room(self, session: Session) -> Owed | None:
         slots, version = self._state.hosted.slots, self._state.version

@@ -46,6 +46,11 @@ class WorkOrder:
         running = self.current.name if self.current else "nothing"
         return f"<WorkOrder running {running}, {len(self._waiting) + len(self._pulls)} waiting>"
 
+    @property
+    def ready(self) -> bool:
+        """Whether a job waits, and none runs."""
+        return self.current is None and bool(self._waiting or self._pulls)
+
     def add(self, job: Job, *, pull: bool = False) -> None:
         """Put `job` at the end of its queue."""
         (self._pulls if pull else self._waiting).append(job)

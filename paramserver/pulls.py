@@ -162,7 +162,8 @@ class Pulls:
         """Serve what a snapshot can serve; have the others encoded before the pushes that wait."""
         if self._state.model is None:
             return
-        self._late.serve()
+        if self._late.waiting:
+            self._late.serve()
         for _ in range(len(self._waiting)):
             request = self._waiting.popleft()
             if not request.alive:

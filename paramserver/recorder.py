@@ -32,6 +32,7 @@ from paramserver.arrivals import (
     End,
     Packed,
     Record,
+    Started,
     Stopped,
     enter,
     epoch_of,
@@ -63,7 +64,7 @@ class Unrecorded:
 
     def enter(self, core: ServerCore, event: Any, now: float) -> list[Any]:
         """One event into the core."""
-        return enter(core, event, now)
+        return core.start(now) if isinstance(event, Started) else core.handle(event, now)
 
     def flush(self) -> None:
         """There is nothing to hand over."""

@@ -433,15 +433,20 @@ def tries_updates(rule: Rule, config: Config, ups: Iterable[Plan], down: Plan, l
 
 def _only_added(rule: Rule, effects: Sequence[Effect]) -> np.float32 | None:
     """The weight with which the update is added to the center, where that is all that is done with it; else None."""
-    done = [effect for effect in effects if not isinstance(effect, Reply)]
-    if rule.apply is add_update and len(done) == 1 and isinstance(done[0], Apply):
-        return np.float32(done[0].weight)
-    return None
+    if rule.apply is not add_update:
+        return None
+    weight = None
+    for effect in effects:
+        if isinstance(effect, Apply) and weight is None:
+            weight = np.float32(effect.weight)
+        elif not isinstance(effect, Reply):
+            return None
+    return weight
 
 
 def _over(plan: Plan, run: Callable[[int, int, F32], bool]) -> Work:
     """A job over the blocks of `plan`."""
-    return Work(len(plan.blocks), sum(block.last - block.first for block in plan.blocks), run)
+    return Work(len(plan.blocks), plan.travels, run)
 
 
 def keeps_replicas(rule: Rule, replies: str) -> bool:

@@ -46,6 +46,10 @@ class ServerState:
     rule: Rule
     config: Config
     budget: Budget
+    keeps_replicas: bool
+    """Whether replies are differences to what each worker holds."""
+    keeps_replies: bool
+    """Whether a reply that is lost must be sent again as it was."""
     machine: str = ""
     """The one it runs on, for workers that may share memory; "": with nobody."""
     now: float = 0.0
@@ -76,7 +80,10 @@ class ServerState:
     def of(cls, settings: ServerSettings, epoch: int, machine: str) -> ServerState:
         """The state of a server that has just started."""
         budget = Budget(settings.budget_updates, settings.budget_samples, settings.budget_s)
-        return cls(settings, epoch, rules.load(settings.rule), settings.rule_config(), budget, machine)
+        rule = rules.load(settings.rule)
+        replicas = keeps_replicas(rule, settings.replies)
+        replies = replicas or rule.lost_reply == "resend"
+        return cls(settings, epoch, rule, settings.rule_config(), budget, replicas, replies, machine)
 
     @property
     def version(self) -> Version:
@@ -141,16 +148,6 @@ class ServerState:
         if fastest == 0.0 or session.pace.steps_per_s == 0.0:
             return s.local_steps
         return max(round(s.local_steps * session.pace.steps_per_s / fastest), 1)
-
-    @property
-    def keeps_replicas(self) -> bool:
-        """Whether replies are differences to what each worker holds."""
-        return keeps_replicas(self.rule, self.settings.replies)
-
-    @property
-    def keeps_replies(self) -> bool:
-        """Whether a reply that is lost must be sent again as it was."""
-        return self.rule.lost_reply == "resend" or self.keeps_replicas
 
     def key(self, session: Session, number: int) -> int:
         """Of the reply to this push, where its codec rounds at random."""

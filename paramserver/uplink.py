@@ -184,9 +184,11 @@ class Uplink:
         assert transfer.lying is not None
         session.counters.bytes_up += transfer.lying.nbytes
         transfer.lying = None
-        if error := next((found for found in results if found is not None), None):
-            self._fail(session, transfer, error)
-        return error is None
+        for error in results:
+            if error is not None:
+                self._fail(session, transfer, error)
+                return False
+        return True
 
     def decide(self, session: Session, decision: Decision) -> None:
         """Decide a push without applying it, and say so."""

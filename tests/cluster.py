@@ -632,7 +632,7 @@ class Desk:
 
     def release(self) -> None:
         """The transport has read one more message."""
-        self.event(Released(self.holds.popleft()))
+        self.event(Released((self.holds.popleft(),)))
 
     def attach(self) -> U8:
         """The memory that was offered first is mapped; what was made for the replies."""

@@ -555,7 +555,7 @@ class WorkerCore:
         download = Download(reply, purpose, number, plan, source, values, bytearray(len(plan.chunks)), replica)
         self._downloads[reply.id] = download
         if len(payload) == plan.bytes:
-            self._land(download, plan.span(0, len(plan.blocks)), payload)
+            self._land(download, plan.whole, payload)
             self._arrived(download)
         elif len(plan.chunks) == 1:
             raise WireError(f"A reply of {plan.bytes} bytes came with {len(payload)}.")

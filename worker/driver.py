@@ -197,7 +197,8 @@ class Driver(Carrier):
         while self._posted and self._wheel.acquire(blocking=False):  # whoever gives it back looks once more
             try:
                 due = self._due
-                self._drive(self._take_posted)
+                # whoever goes on encoding learns meanwhile that chunks may be sent
+                self._drive(partial(self._turn, False) if isinstance(event, Encoded) else self._take_posted)
                 if self._attended or self._over or self._due < due:
                     self._call()
             finally:

@@ -305,7 +305,12 @@ class Rule(NamedTuple):
     )
 
 
-# What servers do with effects: the parameter server, and `common.replay`.
+# What servers do with rules and effects: the parameter server, and `common.replay`.
+
+
+def has_own(rule: Rule, part: str) -> bool:
+    """Whether the rule has that part itself, and not what all have that need none."""
+    return getattr(rule, part) is not Rule._field_defaults[part]
 
 
 def computes(effects: Sequence[Effect]) -> bool:
@@ -315,18 +320,32 @@ def computes(effects: Sequence[Effect]) -> bool:
 
 def changes_center(effects: Sequence[Effect]) -> bool:
     """Whether they change the center: then its version grows by one."""
-    return any(
-        isinstance(effect, Apply | Exchange) or (isinstance(effect, Close) and effect.center) for effect in effects
-    )
+    for effect in effects:  # loops, here and below: a generator costs as much again as what it looks at
+        if isinstance(effect, Apply | Exchange) or (isinstance(effect, Close) and effect.center):
+            return True
+    return False
 
 
 def reply_to(worker: str, effects: Sequence[Effect]) -> Reply | None:
     """The effect that answers `worker`."""
-    return next((effect for effect in effects if isinstance(effect, Reply) and effect.worker == worker), None)
+    for effect in effects:
+        if isinstance(effect, Reply) and effect.worker == worker:
+            return effect
+    return None
 
 
-def weighted(effects: Sequence[Effect], weight: float) -> list[Effect]:
+def weight_of(effects: Sequence[Effect]) -> float:
+    """What the pushed update is scaled by; 0 where it goes nowhere."""
+    for effect in effects:
+        if isinstance(effect, Apply | Accumulate | Exchange):
+            return effect.weight
+    return 0.0
+
+
+def weighted(effects: Sequence[Effect], weight: float) -> Sequence[Effect]:
     """The same effects, the pushed update scaled once more."""
+    if weight == 1.0:
+        return effects
     return [
         effect._replace(weight=effect.weight * weight) if isinstance(effect, Apply | Accumulate | Exchange) else effect
         for effect in effects

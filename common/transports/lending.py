@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import zmq
-from zmq.backend.cython import _zmq
 
 from common.kernels import callback
 from common.messages import Buffer
+from common.transports.libzmq import library
 
 SWEEP_LOANS = 256
 """Each time so many were lent it is looked which of all were returned."""
@@ -37,21 +37,18 @@ _Message: Any = ctypes.c_int64 * 8
 class Loan:
     """One payload, from when it was handed to ZeroMQ on."""
 
-    __slots__ = ("_flag", "_payload")
+    __slots__ = ("_payload", "_set", "flag")
 
     def __init__(self, payload: Buffer) -> None:
         self._payload = payload
-        self._flag = ctypes.c_int64(0)
-
-    @property
-    def flag(self) -> int:
+        self._set = ctypes.c_int64(0)
+        self.flag = ctypes.addressof(self._set)
         """Address of what is set in the end."""
-        return ctypes.addressof(self._flag)
 
     @property
     def returned(self) -> bool:
         """Whether nobody reads it any more; it is not kept from then on."""
-        if self._flag.value == 0:
+        if self._set.value == 0:
             return False
         _kept.pop(self.flag, None)
         return True
@@ -64,15 +61,14 @@ def prepare() -> None:
 
 def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
     """Send it, as the last part of a message, without waiting; raises what sending raises, and then nothing is lent."""
-    library, returned = _library(), _returned()
-    loan, message = Loan(payload), _Message()
+    zeromq, loan, message = library(), Loan(payload), _Message()
     _keep(loan)
-    if library.zmq_msg_init_data(message, _address(payload), len(payload), returned, loan.flag) != 0:
+    if zeromq.zmq_msg_init_data(message, _address(payload), len(payload), _returned(), loan.flag) != 0:
         del _kept[loan.flag]
         raise zmq.ZMQError()
-    if library.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
-        error = library.zmq_errno()
-        library.zmq_msg_close(message)
+    if zeromq.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
+        error = zeromq.zmq_errno()
+        zeromq.zmq_msg_close(message)
         del _kept[loan.flag]
         raise zmq.Again() if error == zmq.EAGAIN else zmq.ZMQError(error)
     return loan
@@ -96,17 +92,6 @@ def _address(payload: Buffer) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(payload))
     except TypeError:  # it cannot be written to
         return int(np.frombuffer(payload, np.uint8).ctypes.data)
-
-
-@functools.cache
-def _library() -> Any:
-    """The libzmq that pyzmq uses. Its functions return at once, so nobody else need have the interpreter meanwhile."""
-    library = ctypes.PyDLL(_zmq.__file__)
-    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    library.zmq_msg_init_data.argtypes = (pointer, pointer, size, pointer, pointer)
-    library.zmq_msg_send.argtypes = (pointer, pointer, number)
-    library.zmq_msg_close.argtypes = (pointer,)
-    return library
 
 
 @functools.cache

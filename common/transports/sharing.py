@@ -130,6 +130,8 @@ class SharingEndpoint:
 
     def receive(self) -> Message | None:
         """The next message of a peer. A dialer's line is looked at, too; a listener's lines have `receive_from`."""
+        if not self._shared and self._kept is None:
+            return self._sockets.receive()
         if (pointed := self.receive_from(SERVER)) is not None:
             return pointed
         message, self._kept = self._kept or self._sockets.receive(), None

@@ -29,6 +29,7 @@ from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
 from common.transports.lending import Loan, lend, prepare
+from common.transports.libzmq import Readable
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 64 * 1024
@@ -44,11 +45,10 @@ LET_GO_S = 1.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
-# Plain sending, receiving and options: what zmq.Socket puts around them, and its enumerations, cost more than they do
-_plain_option: Any = zmq.backend.Socket.get
+# Plain sending and receiving: what zmq.Socket puts around them, and its enumerations, cost more than they do
 _plain_send: Any = zmq.backend.Socket.send
 _plain_receive: Any = zmq.backend.Socket.recv
-_EVENTS, _POLLIN, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
+_NOBLOCK = int(zmq.NOBLOCK)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENT = struct.Struct("=Hi")
 """Of a monitor: what, and of which descriptor."""
@@ -65,7 +65,9 @@ class ZeroMQEndpoint:
         self._lent: list[tuple[int, Loan]] = []
         """Holds, and what they hold."""
         self._released: list[int] = []
+        self._has_message = Readable(socket)
         self._monitor = monitor
+        self._monitor_has = Readable(monitor)
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._monitor_spoke = True
@@ -129,15 +131,12 @@ class ZeroMQEndpoint:
                 self._released.append(hold)
 
     @property
-    def readable(self) -> bool:
-        """Whether `receive` has something."""
-        self._quiet = not _readable(self._socket)
-        return not self._quiet
-
-    @property
     def overlooked(self) -> bool:
         """Whether `receive` has something of which the descriptor may not tell. It costs nothing where all is quiet."""
-        return not self._quiet and self.readable
+        if self._quiet:
+            return False
+        self._quiet = not self._has_message()
+        return not self._quiet
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         silent, self._silent = self._silent, False
@@ -145,14 +144,16 @@ class ZeroMQEndpoint:
             return None
         try:
             peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
-            frames = [_plain_receive(self._socket, _NOBLOCK, False)]
+            frame = _plain_receive(self._socket, _NOBLOCK, False)
         except zmq.Again:
             self._quiet = True
             return None
         self._quiet = False  # what came along is not announced again
-        while frames[-1].more:
-            frames.append(_plain_receive(self._socket, _NOBLOCK, False))
-        return peer, [frame.buffer for frame in frames]
+        frames = [frame.buffer]
+        while frame.more:
+            frame = _plain_receive(self._socket, _NOBLOCK, False)
+            frames.append(frame.buffer)
+        return peer, frames
 
     def released(self) -> list[int]:
         if self._lent:
@@ -184,7 +185,7 @@ class ZeroMQEndpoint:
     def listen_to_monitor(self) -> None:
         """Take in which connections began or broke. Call it whenever there is something: ZeroMQ's own thread, and with
         it every connection, waits for whoever leaves a few thousand of them there."""
-        while not self._monitor.closed and _readable(self._monitor):
+        while self._monitor_has():
             event, value = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             if event == zmq.EVENT_DISCONNECTED:
                 self._broke = True
@@ -192,6 +193,7 @@ class ZeroMQEndpoint:
                 _make_room(value)
 
     def close(self) -> None:
+        self._has_message.closed = self._monitor_has.closed = True
         _close(self._socket, self._monitor)
         self._lent.clear()
 
@@ -209,10 +211,6 @@ def _make_room(descriptor: int) -> None:
         with connection:
             if connection.family == sockets.AF_UNIX:
                 connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
-
-
-def _readable(socket: zmq.Socket[bytes]) -> bool:
-    return bool(_plain_option(socket, _EVENTS) & _POLLIN)
 
 
 def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:

@@ -232,7 +232,7 @@ def unharmed(desk: Desk, before: Any, received: list[bytes], peer: bytes) -> Non
             case Send(_, sent, hold):
                 wire.decode(sent)
                 if hold:
-                    actions += desk.core.handle(Released(hold), desk.now)
+                    actions += desk.core.handle(Released((hold,)), desk.now)
             case Run():
                 actions += desk.core.handle(JobDone(action.job, [action.work(0, action.parts, None)]), desk.now)
         desk.core.validate()

@@ -38,7 +38,7 @@ EVENTS = [
     Received(b"", []),
     Received(b"peer", [b"", b"", b"third"]),
     JobDone(7, [None, None, None]),
-    Released(2**40),
+    Released((2**40, 1)),
     Tick(),
     Unsendable(b"peer", "the peer is gone"),
     Saved(Version(2, 10), 0.1),
@@ -119,7 +119,7 @@ def test_a_hash_that_fits_nonsense_is_told_as_well() -> None:
 
 def test_a_file_of_something_else_is_refused() -> None:
     with pytest.raises(StateError, match="no log of arrivals that this version reads"):
-        found(b"arrivals 2\n")
+        found(b"arrivals 1\n")
 
 
 def test_what_left_is_headers_jobs_and_the_beginning_of_arrays() -> None:
