@@ -235,7 +235,7 @@ class ServerCore:
                 self._stop(reason)
             case Tick():
                 pass
-        if not taken_in or len(self.out) or self._leaving or now >= self.deadline():
+        if not taken_in or self._leaving or now >= self.deadline():
             self._deadline = None
             self._let_time_pass()
         self._proceed()
@@ -260,7 +260,7 @@ class ServerCore:
     # Messages
 
     def _received(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
-        """Whether it was taken in, and where nothing is said of it, that is all: what a push leads to, its job does."""
+        """Whether it was taken in, and that is all: what a push leads to, its job does, where nothing is said of it."""
         try:
             message = wire.decode(frames, payload_bytes=self._longest_payload)
         except WireError as error:
@@ -270,7 +270,7 @@ class ServerCore:
             self._dispatch(peer, message)
         except PeerError as error:
             self.out.fault(peer, error)
-        return isinstance(message, Chunk | Push)
+        return isinstance(message, More) or (isinstance(message, Chunk | Push) and not len(self.out))
 
     @property
     def _longest_payload(self) -> int:

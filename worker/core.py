@@ -163,6 +163,8 @@ class WorkerCore:
         self._beat_due = 0.0
         self._hello_deadline = 0.0
         self._leave_deadline = 0.0
+        self._due = 0.0
+        """When a Tick was wanted, as it was told last."""
         self._out: list[Any] = []
         self._now = 0.0
 
@@ -204,9 +206,8 @@ class WorkerCore:
                     self._doubt(f"memory of the server cannot be shared: {sentence}")
                 case Leave(reason):
                     self._leave(reason)
-                case Tick():
-                    pass
-            self._tick()
+            if now >= self._due or isinstance(event, Tick):
+                self._tick()
         out, self._out = self._out, []
         return out
 
@@ -216,12 +217,13 @@ class WorkerCore:
             case "ended":
                 return None
             case "greeting":
-                return self._hello_deadline
+                self._due = self._hello_deadline
             case "leaving":
-                return self._leave_deadline
+                self._due = self._leave_deadline
             case _:
                 heard = min(self._last_heard, self._last_answer) if self._expecting else self._last_heard
-                return min(self._beat_due, heard + self._silence_s)
+                self._due = min(self._beat_due, heard + self._silence_s)
+        return self._due
 
     def validate(self) -> None:
         """Check the invariants."""

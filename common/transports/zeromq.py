@@ -142,13 +142,14 @@ class ZeroMQEndpoint:
         silent, self._silent = self._silent, False
         if silent:
             return None
+        self._quiet = not self._has_message()  # an exception costs more than having asked
+        if self._quiet:
+            return None
         try:
             peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
             frame = _plain_receive(self._socket, _NOBLOCK, False)
-        except zmq.Again:
-            self._quiet = True
+        except zmq.Again:  # its connection ended in between
             return None
-        self._quiet = False  # what came along is not announced again
         frames = [frame.buffer]
         while frame.more:
             frame = _plain_receive(self._socket, _NOBLOCK, False)
