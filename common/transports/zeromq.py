@@ -142,14 +142,13 @@ class ZeroMQEndpoint:
         silent, self._silent = self._silent, False
         if silent:
             return None
-        self._quiet = not self._has_message()  # an exception costs more than having asked
-        if self._quiet:
-            return None
         try:
             peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
             frame = _plain_receive(self._socket, _NOBLOCK, False)
-        except zmq.Again:  # its connection ended in between
+        except zmq.Again:
+            self._quiet = True
             return None
+        self._quiet = False
         frames = [frame.buffer]
         while frame.more:
             frame = _plain_receive(self._socket, _NOBLOCK, False)
