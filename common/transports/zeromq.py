@@ -42,6 +42,8 @@ HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
 HANDSHAKE_MS = 2_000
 BACKLOG = 1024
 LET_GO_S = 1.0
+UNPACED = b"reno"
+"""The congestion control within this machine: every Linux has it and lets everybody choose it."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps for the next messages, at most."""
@@ -190,7 +192,7 @@ class ZeroMQEndpoint:
             if event == zmq.EVENT_DISCONNECTED:
                 self._broke = True
             else:
-                _make_room(value)
+                _tune(value)
 
     def close(self) -> None:
         self._has_message.closed = self._monitor_has.closed = True
@@ -198,9 +200,13 @@ class ZeroMQEndpoint:
         self._lent.clear()
 
 
-def _make_room(descriptor: int) -> None:
-    """In a Unix connection that has just begun, for a chunk that nobody has read yet: else its sender and its receiver
-    wake each other for every few pages. That of TCP grows by itself."""
+def _tune(descriptor: int) -> None:
+    """Fit a connection within this machine, which has just begun, to chunks.
+
+    A Unix one is given room for a chunk that nobody has read yet: else its sender and its receiver wake each other for
+    every few pages. That of TCP grows by itself; but where the system's congestion control paces what it sends, as BBR
+    does, that costs a fifth of the time for nothing: there is no queue to spare.
+    """
     with contextlib.suppress(OSError):  # it is over already, and the number perhaps another's
         kept = os.dup(descriptor)
         try:
@@ -211,6 +217,8 @@ def _make_room(descriptor: int) -> None:
         with connection:
             if connection.family == sockets.AF_UNIX:
                 connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
+            elif connection.getpeername()[0] == connection.getsockname()[0]:
+                connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_CONGESTION, UNPACED)
 
 
 def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
