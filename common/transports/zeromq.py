@@ -72,6 +72,8 @@ class ZeroMQEndpoint:
         self._monitor_has = Readable(monitor)
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
+        self._took = False
+        """Whether the last look found a message: then the next mostly finds none, and to ask costs less than to fail."""
         self._monitor_spoke = True
         """Whether a dialer's monitor was readable since it was last asked."""
         self._silent = False
@@ -142,7 +144,8 @@ class ZeroMQEndpoint:
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         silent, self._silent = self._silent, False
-        if silent:
+        took, self._took = self._took, False
+        if silent or (took and not self.overlooked):
             return None
         try:
             peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
@@ -150,7 +153,7 @@ class ZeroMQEndpoint:
         except zmq.Again:
             self._quiet = True
             return None
-        self._quiet = False
+        self._quiet, self._took = False, True  # what came along is not announced again
         frames = [frame.buffer]
         while frame.more:
             frame = _plain_receive(self._socket, _NOBLOCK, False)
@@ -172,7 +175,7 @@ class ZeroMQEndpoint:
         """Whoever waited for a dialer's `descriptors` found these readable. Another thread may send meanwhile: nothing
         here makes anybody overlook what came because of that."""
         if self.descriptors[0] in descriptors:
-            self._quiet = False
+            self._quiet = self._took = False
         self._silent = self._quiet
         self._monitor_spoke |= self.descriptors[-1] in descriptors
 
