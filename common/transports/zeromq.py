@@ -73,7 +73,7 @@ class ZeroMQEndpoint:
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._took = False
-        """Whether the last look found a message: then the next mostly finds none, and to ask costs less than to fail."""
+        """Whether the last look found a message. The next mostly finds none then: to ask costs less than to fail."""
         self._monitor_spoke = True
         """Whether a dialer's monitor was readable since it was last asked."""
         self._silent = False

@@ -5,6 +5,7 @@ Nothing here waits for a fixed time and then asserts: everything is polled until
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -26,7 +27,7 @@ from common.transports.base import SERVER
 from common.transports.lines import Door
 from common.transports.memory import MemoryEndpoint
 from common.transports.sharing import POINT_BYTES, SharingEndpoint
-from common.transports.zeromq import COPY_BYTES
+from common.transports.zeromq import COPY_BYTES, UNPACED
 from common.wire import PAYLOAD_BYTES
 
 TIMEOUT_S = 10.0
@@ -366,13 +367,45 @@ def test_a_connection_over_ipc_has_room_for_a_chunk(tmp_path: Path) -> None:
 def unix_rooms() -> set[tuple[int, int]]:
     """(descriptor, bytes) of the Unix connections of this process whose buffer for sending is not the system's."""
     usual, found = int(Path("/proc/sys/net/core/wmem_default").read_text()), set()
-    for name in os.listdir("/proc/self/fd"):
-        if not os.path.realpath(f"/proc/self/fd/{name}").rpartition("/")[2].startswith("socket:"):
-            continue
-        with socket.socket(fileno=os.dup(int(name))) as end:
-            if end.family == socket.AF_UNIX and (room := end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)) != usual:
-                found.add((int(name), room))
+    for name, end in sockets_of_this_process():
+        if end.family == socket.AF_UNIX and (room := end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)) != usual:
+            found.add((name, room))
     return found
+
+
+def sockets_of_this_process() -> Iterator[tuple[int, socket.socket]]:
+    """By descriptor; what is made here is closed again."""
+    for name in map(int, os.listdir("/proc/self/fd")):
+        if os.path.realpath(f"/proc/self/fd/{name}").rpartition("/")[2].startswith("socket:"):
+            with socket.socket(fileno=os.dup(name)) as end:
+                yield name, end
+
+
+def test_a_connection_over_tcp_within_the_machine_is_not_paced(tmp_path: Path) -> None:
+    """Whatever the system chooses for those that leave it."""
+    wires = Wires("tcp", tmp_path)
+    try:
+        dialer, _ = wires.met()
+        port = int(wires.listener.address.rpartition(":")[2])
+
+        def of_both_ends() -> list[bytes]:
+            found = []
+            for _, end in sockets_of_this_process():
+                if end.family == socket.AF_INET and end.type == socket.SOCK_STREAM:
+                    with contextlib.suppress(OSError):  # it listens
+                        if port in (end.getpeername()[1], end.getsockname()[1]):
+                            found.append(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0"))
+            return found
+
+        def both_chose() -> bool:
+            dialer.wait(0.1, also=-1)
+            wires.listener.listen_to_monitor()
+            return not dialer.lost() and of_both_ends() == [UNPACED] * 2
+
+        assert len(of_both_ends()) == 2
+        until(both_chose, "no pacing at either end")
+    finally:
+        wires.close()
 
 
 def test_message_beyond_the_limit_is_never_delivered(sockets: Wires) -> None:
