@@ -207,6 +207,16 @@ def test_crash_while_a_reply_is_late_and_the_slowest_never_comes_back() -> None:
     assert [ack.outcome for ack in again.heard(Ack)] == ["applied"]
 
 
+def test_a_late_reply_is_due_at_once_to_a_server_that_comes_back_without_a_gap() -> None:
+    desk, (fast, _) = gap(0, "fast", "slow", lease_s=100, **SAVING)
+    assert fast.push(1).outcome == "held"
+    desk.wait(11.0)
+    life = Desk(epoch=2, recovered=desk.saved(), lease_s=100, **SAVING)
+    again = fast.resume(1, 0, life)
+    assert again.push(1, 50.0).outcome == "applied"
+    assert center(life) == {1.0}, "the same push, once"
+
+
 def test_budget_ends_at_once_and_stop_exits_with_late_replies() -> None:
     desk, (fast, _) = gap(0, "fast", "slow", budget_updates=1)
     assert fast.push(1).finished
