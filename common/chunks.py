@@ -322,9 +322,10 @@ def _aligned(size: int) -> int:
 
 
 def _chunk(blocks: Sequence[Block], first: int, last: int) -> Chunk:
-    """Blocks [first, last) as one chunk."""
-    start, end = blocks[first].offset, blocks[last - 1].offset + blocks[last - 1].size
-    return Chunk(first, last, start, end - start, tuple(_joined(blocks[first:last])))
+    """Blocks [first, last) as one chunk; a model of few parameters may have fragments of none."""
+    held = blocks[first:last]
+    start = held[0].offset if held else 0
+    return Chunk(first, last, start, sum(block.size for block in held), tuple(_joined(held)))
 
 
 def _pack(blocks: list[Block]) -> tuple[Chunk, ...]:

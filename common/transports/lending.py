@@ -16,6 +16,7 @@ Laws
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import itertools
 from typing import Any
@@ -65,12 +66,13 @@ def lend(socket: zmq.Socket[bytes], payload: Buffer) -> Loan:
     _keep(loan)
     if zeromq.zmq_msg_init_data(message, _address(payload), len(payload), _returned(), loan.flag) != 0:
         del _kept[loan.flag]
-        raise zmq.ZMQError()
-    if zeromq.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
-        error = zeromq.zmq_errno()
+        raise zmq.ZMQError(ctypes.get_errno())
+    while zeromq.zmq_msg_send(message, socket.underlying, _NOBLOCK) < 0:
+        if (error := ctypes.get_errno()) == errno.EINTR:
+            continue
         zeromq.zmq_msg_close(message)
         del _kept[loan.flag]
-        raise zmq.Again() if error == zmq.EAGAIN else zmq.ZMQError(error)
+        raise zmq.Again() if error == errno.EAGAIN else zmq.ZMQError(error)
     return loan
 
 

@@ -3,12 +3,14 @@
     library().zmq_msg_send(message, socket.underlying, flags)
     readable = Readable(socket);  readable()
 
-Its functions return at once, so nobody else need have the interpreter meanwhile.
+Its functions return at once, so nobody else need have the interpreter meanwhile. Why one failed, `ctypes.get_errno()`
+tells; where it was a signal (EINTR), it is called again, as pyzmq does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 from typing import Any
 
@@ -21,7 +23,7 @@ _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 @functools.cache
 def library() -> Any:
     """Called with the interpreter's lock held."""
-    made = ctypes.PyDLL(_zmq.__file__)
+    made = ctypes.PyDLL(_zmq.__file__, use_errno=True)
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     made.zmq_msg_init_data.argtypes = (pointer, pointer, size, pointer, pointer)
     made.zmq_msg_send.argtypes = (pointer, pointer, number)
@@ -43,6 +45,7 @@ class Readable:
         """Whether `receive` would find something now; raises ZMQError where the socket cannot tell."""
         if self.closed:
             return False
-        if self._ask(*self._asked) != 0:
-            raise zmq.ZMQError()
+        while self._ask(*self._asked) != 0:
+            if (error := ctypes.get_errno()) != errno.EINTR:
+                raise zmq.ZMQError(error)
         return bool(self._value.value & _POLLIN)

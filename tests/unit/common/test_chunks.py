@@ -150,6 +150,13 @@ def test_cut_at_rows_every_element_is_in_one_block_of_what_it_is_made_for(
     assert end == layout.elements
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_of_few_parameters_some_fragments_have_none(rows: bool) -> None:
+    layout = Layout((Tensor("w", (3,), "float32", "parameter"),))
+    made = [plan(layout, "fp32", part, 4, rows=rows) for part in range(4)]
+    assert [(p.bytes, p.travels, len(p.chunks), p.whole.size) for p in made] == [(0, 0, 0, 0), *[(8, 1, 1, 8)] * 3]
+
+
 def test_what_of_a_matrix_travels_in_factors() -> None:
     """As many whole rows as fit a block; the rest, rows that no block holds, and what would not be shorter: halves."""
     matrix = codecs.load("powersgd")

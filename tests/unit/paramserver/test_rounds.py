@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.layout import Layout, Tensor
 from common.messages import Ack, Bye, Grant, Resume, Version
 from common.node import Tick
 from paramserver import memory, status
@@ -498,6 +499,22 @@ def test_fragments_are_pushed_and_answered_by_themselves() -> None:
     assert b.push(2, 8.0, fragment=1).outcome == "applied"
     assert answers(again) == [(2, "applied")]
     assert shard.center[:6].tolist() == [3.0] * 3 + [7.0] * 3
+
+
+def test_a_model_of_fewer_parameters_than_fragments_is_served() -> None:
+    desk = Desk(
+        Layout((Tensor("w", (3,), "float32", "parameter"),)),
+        rule="diloco",
+        rule_settings={"fragments": 4, "lr": 1.0, "mu": 0.0},
+        local_steps=4,
+    )
+    hand = desk.join()
+    sizes = []
+    for number in range(1, 9):
+        ack = hand.push(number, 2.0 * number, fragment=(number - 1) % 4)
+        assert ack.outcome == "applied"
+        sizes.append(ack.reply.bytes)
+    assert sizes == [0, 8, 8, 8] * 2, "the first has no element"
 
 
 def test_a_fragment_that_does_not_exist_is_refused() -> None:
