@@ -93,8 +93,9 @@ class Plan(NamedTuple):
 
     @property
     def part(self) -> slice:
-        """The parameters that travel: all of them, or those of a fragment."""
-        return slice(self.blocks[0].first, self.blocks[self.parameter_blocks - 1].last)
+        """The parameters that travel: all of them, or those of a fragment, which may be none."""
+        held = self.blocks[: self.parameter_blocks]
+        return slice(held[0].first, held[-1].last) if held else slice(0, 0)
 
     def pieces(self, data: U8) -> Iterator[Piece]:
         """Every block of parameters, for whoever remembers what encoding lost. data: (bytes,)."""

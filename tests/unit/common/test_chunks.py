@@ -155,6 +155,7 @@ def test_of_few_parameters_some_fragments_have_none(rows: bool) -> None:
     layout = Layout((Tensor("w", (3,), "float32", "parameter"),))
     made = [plan(layout, "fp32", part, 4, rows=rows) for part in range(4)]
     assert [(p.bytes, p.travels, len(p.chunks), p.whole.size) for p in made] == [(0, 0, 0, 0), *[(8, 1, 1, 8)] * 3]
+    assert [p.part for p in made] == [slice(0, 0), slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_what_of_a_matrix_travels_in_factors() -> None:
