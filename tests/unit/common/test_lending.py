@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,17 +18,6 @@ from common.transports.lending import lend
 
 SIZE = 100_000
 TIMEOUT_S = 20.0
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
-    """(sender, receiver), which hand messages over without a copy."""
-    context = zmq.Context()
-    sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    sender.bind("inproc://lending")
-    receiver.connect("inproc://lending")
-    yield sender, receiver
-    context.destroy(linger=0)
 
 
 def until(done: Callable[[], bool], what: str) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import zmq
 
 from common.transports.lending import lend, prepare
@@ -18,17 +17,6 @@ PERIOD_S = 5e-5
 STORM_S = 0.7
 TIMEOUT_S = 20.0
 SIZE = 100_000
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
-    """(sender, receiver)."""
-    context = zmq.Context()
-    sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    sender.bind("inproc://libzmq")
-    receiver.connect("inproc://libzmq")
-    yield sender, receiver
-    context.destroy(linger=0)
 
 
 @contextmanager
