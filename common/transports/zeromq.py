@@ -208,7 +208,7 @@ def _tune(descriptor: int) -> None:
 
     A Unix one is given room for a chunk that nobody has read yet: else its sender and its receiver wake each other for
     every few pages. That of TCP grows by itself; but where the system's congestion control paces what it sends, as BBR
-    does, that costs a fifth of the time for nothing: there is no queue to spare.
+    does, that costs a quarter of the time for nothing: there is no queue to spare.
     """
     with contextlib.suppress(OSError):  # it is over already, and the number perhaps another's
         kept = os.dup(descriptor)

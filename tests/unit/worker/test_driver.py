@@ -263,6 +263,27 @@ def test_what_is_posted_while_another_thread_drives_is_not_left_lying(both: tupl
     until(lambda: not worker.driver._posted or None, "all that was posted is handled", PATIENCE_S)
 
 
+def test_who_goes_on_encoding_hears_that_chunks_may_be_sent(both: tuple[Server, Worker]) -> None:
+    server, worker = both
+    server.welcomes()
+    server.anchors(worker)
+    driver, plan = worker.driver, worker.core.plan("fp32")
+    driver._attended = True  # so nobody else takes anything in
+    data = np.zeros(plan.bytes, np.uint8)
+    driver.post(events.PushWanted(data, "fp32", Scalars(0.0, 1, 1, 0.1), FIRST, 0, None))
+    begin = server.hears(Begin)
+    server.says(Grant("s", server.connection, begin.number, "go", 2, "", ""))
+
+    def chunk() -> Any:
+        driver.post(events.Encoded(1))
+        return server.end.receive()
+
+    message = wire.decode(until(chunk, "the first chunk", PATIENCE_S)[1])
+    assert isinstance(message, Chunk)
+    assert message.index == 0
+    driver._attended = False
+
+
 def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
     """With the trainer waiting, computing, and just back from waiting."""
     server, worker = both
