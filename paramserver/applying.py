@@ -84,6 +84,7 @@ class Applying:
                 f"push {transfer.begin.number} of {session.worker}",
                 lambda: self._start(push, uplink),
                 lambda results: self._go_on(push, uplink, results),
+                of_push=True,
             )
         )
 

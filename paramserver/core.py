@@ -15,6 +15,7 @@ time pass. The parts: `joining`, `room`, `initial`, `uplink`, `applying`, `decid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -147,9 +148,12 @@ class ServerCore:
         self._half_lease_s = settings.lease_s / 2
         self._may_wait = has_own(self.state.rule, "waits") or settings.max_clock_gap is not None
         """Whether workers are ever made to wait for others."""
-        self._last_event: float | None = None
-        self._deadline: float | None = None
-        """As it was told last; None where it may be earlier now."""
+        self._calm = not (self._may_wait or has_own(self.state.rule, "deadline"))
+        """Whether a push that is applied makes nothing due for anybody else, but a checkpoint or the end."""
+        self._last_event = math.inf
+        self._deadline = -math.inf
+        self._save_foreseen = False
+        """Whether the deadline allows for the next checkpoint."""
         self._sweep_due = 0.0
         self._leaving: dict[str, tuple[str, int]] = {}
         """Sessions that end as soon as their push is decided: why, and their connection."""
@@ -206,19 +210,21 @@ class ServerCore:
             self.pulls.answer_late()  # where the gap that they were held for is no longer set, nobody else will
             self.out.say("info", f"Recovered version {self.state.recovered} with {len(self.sessions)} sessions.")
             self._recovered = None
+        self._deadline = self._next_deadline()
         return self.out.take()
 
     def handle(self, event: Any, now: float) -> list[Any]:
         """Take in one event at `now` (monotonic seconds); return what shall be done."""
         self.state.now = now
-        self._forgive_standstill()
+        if now - self._last_event > self._half_lease_s:
+            self._forgive_standstill(now - self._last_event)
+        self._last_event = now
         taken_in = False
         match event:
             case Received(peer, frames):
                 taken_in = self._received(peer, frames)
             case JobDone(job, results):
-                if run := self.order.finish(job, results):
-                    self.out.add(run)
+                taken_in = self._finish_job(job, results)
             case Released(holds):
                 for hold in holds:
                     self.downlink.released(hold)
@@ -235,34 +241,46 @@ class ServerCore:
                 self._stop(reason)
             case Tick():
                 pass
-        if not taken_in or self._leaving or now >= self.deadline():
-            self._deadline = None
+        time_passes = not taken_in or self._leaving or now >= self._deadline
+        if time_passes:
             self._let_time_pass()
         self._proceed()
+        if time_passes:
+            self._deadline = self._next_deadline()
         return self.out.take()
 
     def deadline(self) -> float:
         """When the next Tick is wanted: a lease, a budget, a checkpoint, or the regular round."""
-        if self._deadline is None:
-            self._deadline = self._next_deadline()
         return self._deadline
 
     def _next_deadline(self) -> float:
         state = self.state
         # often enough to tell a quiet time from a standstill of this process
         first = min(self._sweep_due, state.now + self._half_lease_s / 2, *self._waited_for.values())
-        end = None if state.finished else state.budget.end()
-        for due in (self.initial.deadline, self.durability.deadline, self.deciding.deadline, end):
+        save, end = self.durability.deadline, None if state.finished else state.budget.end()
+        self._save_foreseen = save is not None
+        for due in (self.initial.deadline, save, self.deciding.deadline, end):
             if due is not None and due < first:
                 first = due
         return first
+
+    def _finish_job(self, job: int, results: Sequence[Any]) -> bool:
+        """Whether it was a push that was applied, or goes on, and makes nothing due for anybody else."""
+        of_push = self.order.runs_push
+        if run := self.order.finish(job, results):
+            self.out.add(run)
+        if not of_push or not self._calm or self.state.finished:
+            return False
+        return self._save_foreseen or not self.durability.needed
 
     # Messages
 
     def _received(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
         """Whether it was taken in, and that is all: what a push leads to, its job does, where nothing is said of it."""
         try:
-            message = wire.decode(frames, payload_bytes=self._longest_payload)
+            model = self.state.model  # in shared memory an update comes whole
+            longest = wire.PAYLOAD_BYTES if model is None else model.longest_payload
+            message = wire.decode(frames, payload_bytes=longest)
         except WireError as error:
             self._malformed(peer, error)
             return False
@@ -271,12 +289,6 @@ class ServerCore:
         except PeerError as error:
             self.out.fault(peer, error)
         return isinstance(message, More) or (isinstance(message, Chunk | Push) and not len(self.out))
-
-    @property
-    def _longest_payload(self) -> int:
-        """In shared memory an update comes whole."""
-        model = self.state.model
-        return wire.PAYLOAD_BYTES if model is None else max(wire.PAYLOAD_BYTES, model.shard.longest_update)
 
     def _dispatch(self, peer: bytes, message: Message) -> None:
         """To the part whose business it is; raises PeerError for what is answered by a Fault."""
@@ -390,16 +402,12 @@ class ServerCore:
 
     # Time
 
-    def _forgive_standstill(self) -> None:
-        """If this process stood still for over half a lease, workers could not renew theirs: extend all once."""
-        now = self.state.now
-        stood_s = now - (self._last_event if self._last_event is not None else now)
-        self._last_event = now
-        if stood_s > self._half_lease_s:
-            self.out.say("warning", f"The server stood still for {stood_s:.1f} s; all leases are extended.")
-            for session in self.sessions.values():
-                if session.live:
-                    session.lease_end = max(session.lease_end, now + self.settings.lease_s)
+    def _forgive_standstill(self, stood_s: float) -> None:
+        """This process stood still for over half a lease, so workers could not renew theirs: extend all once."""
+        self.out.say("warning", f"The server stood still for {stood_s:.1f} s; all leases are extended.")
+        for session in self.sessions.values():
+            if session.live:
+                session.lease_end = max(session.lease_end, self.state.now + self.settings.lease_s)
 
     def _let_time_pass(self) -> None:
         state = self.state
@@ -448,8 +456,10 @@ class ServerCore:
 
     def _proceed(self) -> None:
         """Start what can be started: grants, pulls, the next job; and leave when all is done."""
-        self.uplink.give_slots()
-        self.pulls.serve()
+        if self.uplink.waiting:
+            self.uplink.give_slots()
+        if self.pulls.waiting or self.late.waiting:
+            self.pulls.serve()
         for _ in range(2):  # a decision without kernels may ask for pulls, whose jobs start at once
             if not self.order.ready:
                 break

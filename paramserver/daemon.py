@@ -333,9 +333,6 @@ class Daemon:
 
     def _line_readable(self, peer: bytes, line: Line) -> None:
         """Take one message: the next of all lines that have one come first, or whoever answers fast is served alone."""
-        if self._stopped.is_set():
-            self._loop.remove_reader(line.fileno())
-            return
         if (message := self._endpoint.receive_from(peer)) is not None:
             self._handle(Received(*message))
         if line.ended:

@@ -26,6 +26,7 @@ class Job:
     """None: there is nothing to do any more; the job is skipped."""
     finish: Callable[[Sequence[Any]], Work | None]
     """More work, which then runs first."""
+    of_push: bool = False
 
 
 class WorkOrder:
@@ -50,6 +51,11 @@ class WorkOrder:
     def ready(self) -> bool:
         """Whether a job waits, and none runs."""
         return self.current is None and bool(self._waiting or self._pulls)
+
+    @property
+    def runs_push(self) -> bool:
+        """Whether the job that runs applies a push."""
+        return self.current is not None and self.current.of_push
 
     def add(self, job: Job, *, pull: bool = False) -> None:
         """Put `job` at the end of its queue."""

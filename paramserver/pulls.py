@@ -73,7 +73,7 @@ class Pulls:
         self._applying = applying
         self._deciding = deciding
         self._late = late
-        self._waiting: deque[_Request] = deque()
+        self.waiting: deque[_Request] = deque()
 
     def pull(self, session: Session, pull: Pull) -> None:
         """A worker or observer asks for the center or a source; raises PeerError where there is none to give."""
@@ -100,9 +100,9 @@ class Pulls:
                 return  # said twice: it goes on from the first answer, and the rule must not be told another
             session.anchor_asked = session.connection, pull.merged
         # asking twice is asking once
-        for older in [r for r in self._waiting if r.session is session and r.kind == kind]:
-            self._waiting.remove(older)
-        self._waiting.append(request)
+        for older in [r for r in self.waiting if r.session is session and r.kind == kind]:
+            self.waiting.remove(older)
+        self.waiting.append(request)
 
     def answer_again(self, session: Session) -> None:
         """The reply to an applied push was lost: the same once more, or the center as it is now."""
@@ -152,7 +152,7 @@ class Pulls:
             session.pace.since = self._state.now
             return answer(session, reply, payload)
 
-        self._waiting.append(_Request(session, session.connection, "reply", announce, decision.source, fragment, how))
+        self.waiting.append(_Request(session, session.connection, "reply", announce, decision.source, fragment, how))
 
     def _source(self, session: Session, name: str) -> Source:
         state = self._state
@@ -164,8 +164,8 @@ class Pulls:
             return
         if self._late.waiting:
             self._late.serve()
-        for _ in range(len(self._waiting)):
-            request = self._waiting.popleft()
+        for _ in range(len(self.waiting)):
+            request = self.waiting.popleft()
             if not request.alive:
                 continue
             if self._state.diverged:
@@ -175,7 +175,7 @@ class Pulls:
             if snapshot is not None:
                 self._send(request, snapshot)
                 continue
-            self._waiting.append(request)
+            self.waiting.append(request)
             if not request.scheduled:
                 request.scheduled = True
                 self._schedule(request)
@@ -215,7 +215,7 @@ class Pulls:
         """The work that encodes what `request` is given; None where it is served, gone, or must wait for a buffer."""
         shard = self._state.hosted.shard
         told = self._tells_the_rule(request)
-        if request not in self._waiting or not request.alive or self._published(request) is not None:
+        if request not in self.waiting or not request.alive or self._published(request) is not None:
             return None
         memory = self._memory(request)
         snapshot = self._state.hosted.snapshots.begin() if memory is None else Snapshot(memory)
@@ -226,7 +226,7 @@ class Pulls:
             session.anchored = False  # until it is told: who comes back in between must anchor anew
             if session.arrays is None:
                 session.arrays, session.replica = shard.session_arrays()
-        self._waiting.remove(request)
+        self.waiting.remove(request)
         target.append(snapshot)
         arrays, replica = (session.arrays, session.replica) if told else (None, None)
         return shard.read_work(snapshot.data, request.source, request.fragment, arrays, request.how or "given", replica)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from common import wire
 from common.codecs.base import F32, U8
 from common.errors import Code, ConfigError, PeerError
 from common.layout import Layout
@@ -142,7 +143,8 @@ class Room:
             shares=bool(state.machine),
         )
         slots = Slots(self._plan(layout).slots, shard.longest_update, shard.longest_reply)
-        return Hosted(shard, slots, Snapshots(shard.down.bytes))
+        longest_payload = max(wire.PAYLOAD_BYTES, shard.longest_update)
+        return Hosted(shard, slots, Snapshots(shard.down.bytes), longest_payload)
 
     def _host(self, model: Hosted) -> None:
         self._state.model = model

@@ -35,6 +35,8 @@ class Hosted:
     shard: Shard
     slots: Slots
     snapshots: Snapshots
+    longest_payload: int
+    """Of any message, bytes: in shared memory an update comes whole."""
 
 
 @dataclass(slots=True)

@@ -51,7 +51,7 @@ class Uplink:
         self._complete_push = complete
         self._decided = decided
         self._again = again
-        self._waiting: deque[tuple[Session, Transfer]] = deque()
+        self.waiting: deque[tuple[Session, Transfer]] = deque()
         self._whole: dict[str, Push] = {}
         """Whole pushes that wait for a slot: at most one per session, each at most a chunk or in shared memory."""
         self.drained = 0
@@ -139,13 +139,13 @@ class Uplink:
         """Slots to those who wait, in order of arrival."""
         if self._state.model is None:
             return
-        while self._waiting:
-            session, transfer = self._waiting[0]
+        while self.waiting:
+            session, transfer = self.waiting[0]
             if session.transfer is transfer:
                 transfer.slot = self._state.model.slots.take()
                 if transfer.slot is None:
                     return
-            self._waiting.popleft()
+            self.waiting.popleft()
             if session.transfer is not transfer:
                 continue
             if push := self._whole.pop(session.token, None):
@@ -238,7 +238,7 @@ class Uplink:
         self._downlink.cancel(session.token, of_push=True)  # it goes on, so it waits for no older reply
         transfer = Transfer(begin, plan, session.connection, self._state.now, received=bytearray(len(plan.chunks)))
         session.transfer = transfer
-        self._waiting.append((session, transfer))
+        self.waiting.append((session, transfer))
         return transfer
 
     def _refuse(self, session: Session, begin: Begin, refusal: PeerError) -> None:

@@ -159,6 +159,8 @@ class Driver(Carrier):
         self._posted: deque[Any] = deque()
         self._news: deque[Any] = deque()
         self._error: BaseException | None = None
+        self._over = False
+        """Whether the core has ended, or an error has ended all."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake).atexit = False  # then the thread may still be at work
         self._wheel = threading.Lock()
@@ -246,7 +248,7 @@ class Driver(Carrier):
             try:
                 called = bool(self._posted) or self._endpoint.wait(max(self._due - now, 0.0), also=self._wake)
             except Exception as error:
-                self._error = error
+                self._error, self._over = error, True
             with self._wheel:
                 if not self._attended:
                     self._drive(partial(self._turn, called))
@@ -257,10 +259,6 @@ class Driver(Carrier):
         self._call()
         if offered is not None:
             offered.withdraw()
-
-    @property
-    def _over(self) -> bool:
-        return self._error is not None or self._core.phase == "ended"
 
     def _call(self) -> None:
         """Whoever waits shall look again."""
@@ -278,6 +276,7 @@ class Driver(Carrier):
             work()
         except Exception as error:
             self._error = error
+        self._over = self._error is not None or self._core.phase == "ended"
         self._due = self._core.deadline() or 0.0
         if self._endpoint.overlooked:  # sending may have used up what the descriptor had to tell
             self._call()

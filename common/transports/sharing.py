@@ -14,7 +14,7 @@ Laws
 
 from __future__ import annotations
 
-import math
+import contextlib
 import select
 import struct
 from collections.abc import Sequence
@@ -46,12 +46,13 @@ class _Shared:
     theirs: memoryview
     """What it writes, under this mark."""
     line: Line | None
+    my_mark: bytes
 
     def pointer(self, payload: Buffer) -> bytes:
         """To where the payload lies; empty where it is to be sent."""
         if self.mine is None or len(payload) <= POINT_BYTES or (at := self.mine.holds(payload)) is None:
             return b""
-        return _POINTER.pack(bytes.fromhex(self.mine.place.mark), at, len(payload))
+        return _POINTER.pack(self.my_mark, at, len(payload))
 
     def found(self, pointer: Buffer) -> Buffer:
         """What it points at; nothing where there is no such place, which the core then refuses. A payload that is no
@@ -77,6 +78,11 @@ class SharingEndpoint:
         self._released: list[int] = []
         self._lost = False
         """Whether a line has ended, and nobody was told."""
+        self._watched = select.epoll()
+        """What a dialer waits for. Whatever is closed is no longer watched."""
+        for descriptor in sockets.descriptors:
+            self._watched.register(descriptor, select.EPOLLIN)
+        self._also = -1
 
     @property
     def address(self) -> str:
@@ -101,7 +107,10 @@ class SharingEndpoint:
         """
         self.unshare(peer)
         mark, memory = theirs
-        self._shared[peer] = _Shared(mine, mark, memory.data, line)
+        my_mark = bytes.fromhex(mine.place.mark) if mine is not None else b""
+        self._shared[peer] = _Shared(mine, mark, memory.data, line, my_mark)
+        if peer == SERVER and line is not None:
+            self._watched.register(line.fileno(), select.EPOLLIN)
 
     def unshare(self, peer: bytes) -> None:
         """Payloads to and from `peer` travel in messages again, and its line is closed."""
@@ -137,7 +146,7 @@ class SharingEndpoint:
         message, self._kept = self._kept or self._sockets.receive(), None
         if message is None or (shared := self._shared.get(message[0])) is None:
             return message
-        if self._ahead < AHEAD_MESSAGES and (earlier := self._received(message[0], shared)) is not None:
+        if self._ahead < AHEAD_MESSAGES and (earlier := self.receive_from(message[0])) is not None:
             self._kept, self._ahead = message, self._ahead + 1
             return earlier
         self._ahead = 0
@@ -147,19 +156,19 @@ class SharingEndpoint:
 
     def receive_from(self, peer: bytes) -> Message | None:
         """The next message of the line to `peer`."""
-        shared = self._shared.get(peer)
-        return None if shared is None else self._received(peer, shared)
-
-    def _received(self, peer: bytes, shared: _Shared) -> Message | None:
-        line = shared.line
-        if line is None or line.ended:
+        if (shared := self._shared.get(peer)) is None or (line := shared.line) is None or line.ended:
             return None
         if (message := line.receive()) is None:
-            self._lost |= line.ended
+            self._note_end(peer, line)
             return None
-        at = max(len(message) - _POINTER.size, 0)
-        header, pointer = message[:at], message[at:]
-        return peer, [header, shared.found(pointer) if at else b""]
+        at = len(message) - _POINTER.size
+        return peer, [message[:at], shared.found(message[at:])] if at > 0 else [b"", b""]
+
+    def _note_end(self, peer: bytes, line: Line) -> None:
+        if line.ended:
+            self._lost = True
+            if peer == SERVER:
+                self._watched.unregister(line.fileno())
 
     def released(self) -> list[int]:
         done, self._released = self._released, []
@@ -177,15 +186,22 @@ class SharingEndpoint:
         Call it only where nothing is `overlooked`. It touches no socket, so that another thread may use this end
         meanwhile, or close it.
         """
-        shared = self._shared.get(SERVER)
-        line = -1 if shared is None or shared.line is None or shared.line.ended else shared.line.fileno()
-        poller = select.poll()
-        for descriptor in (*self._sockets.descriptors, line, also):
-            if descriptor >= 0:  # a line that is closed has none
-                poller.register(descriptor, select.POLLIN)
-        readable = [descriptor for descriptor, _ in poller.poll(math.ceil(timeout_s * 1000))]
+        try:
+            if also != self._also:
+                self._watch_also(also)
+            readable = dict(self._watched.poll(timeout_s))
+        except (OSError, ValueError):  # another thread has closed this end
+            return False
         self._sockets.woken(readable)
         return also in readable
+
+    def _watch_also(self, also: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # it was closed
+            if self._also >= 0:
+                self._watched.unregister(self._also)
+        self._also = also
+        if also >= 0:
+            self._watched.register(also, select.EPOLLIN)
 
     def lost(self) -> bool:
         """Whether a dialer's connection, or its line, broke since the last call."""
@@ -196,4 +212,5 @@ class SharingEndpoint:
         for peer in list(self._shared):
             self.unshare(peer)
         self._kept = None
+        self._watched.close()
         self._sockets.close()
