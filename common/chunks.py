@@ -291,17 +291,24 @@ def _fitting(codec: Codec, dense: Codec, elements: int, columns: int) -> Codec:
 
 def _joined(blocks: Sequence[Block]) -> Iterator[Block]:
     """The blocks, those of a seamless codec that lie side by side as one."""
-    run: Block | None = None
-    for block in blocks:
-        if run is None:
-            run = block
-        elif run.codec is block.codec and block.codec.seamless and not block.codec.stochastic and not run.padded:
-            run = run._replace(last=block.last, end=block.end, size=run.size + block.size)
-        else:
-            yield run
-            run = block
-    if run is not None:
-        yield run
+    first, codec, joins = 0, None, False
+    for index, block in enumerate(blocks):
+        if block.codec is not codec:
+            codec, joins = block.codec, block.codec.seamless and not block.codec.stochastic
+            if index:
+                yield _one(blocks, first, index)
+            first = index
+        elif not joins or blocks[index - 1].padded:
+            yield _one(blocks, first, index)
+            first = index
+    if blocks:
+        yield _one(blocks, first, len(blocks))
+
+
+def _one(blocks: Sequence[Block], first: int, last: int) -> Block:
+    """Blocks [first, last), at least one, which lie side by side."""
+    start, end = blocks[first], blocks[last - 1]
+    return start._replace(last=end.last, end=end.end, size=end.offset + end.size - start.offset)
 
 
 def _cut(parameters: int, index: int, fragments: int) -> int:
