@@ -2,6 +2,7 @@
 
     library().zmq_msg_send(message, socket.underlying, flags)
     readable = Readable(socket);  readable()
+    opening = Opening(router);    opening()
 
 Its functions return at once, so nobody else need have the interpreter meanwhile. Why one failed, `ctypes.get_errno()`
 tells; where it was a signal (EINTR), it is called again, as pyzmq does.
@@ -18,6 +19,9 @@ import zmq
 from zmq.backend.cython import _zmq
 
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+NAME_BYTES = 255
+"""Of a routing id, at most."""
 
 
 @functools.cache
@@ -29,7 +33,32 @@ def library() -> Any:
     made.zmq_msg_send.argtypes = (pointer, pointer, number)
     made.zmq_msg_close.argtypes = (pointer,)
     made.zmq_getsockopt.argtypes = (pointer, number, pointer, pointer)
+    made.zmq_recv.argtypes = (pointer, pointer, size, number)
     return made
+
+
+class Opening:
+    """Takes the first frame of the next message of a ROUTER, whom it is from; what follows it is there, too.
+
+    pyzmq raises where there is none, which is how most looks end, and costs as much as a message.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._name = ctypes.create_string_buffer(NAME_BYTES)
+        self._take = library().zmq_recv
+        self._asked = socket.underlying, ctypes.addressof(self._name), NAME_BYTES, _NOBLOCK
+
+    def __call__(self) -> bytes | None:
+        """The peer, or None where nothing waits; raises ZMQError for anything else, and of a closed socket."""
+        if self._socket.closed:
+            raise zmq.ZMQError(errno.ENOTSOCK)
+        while (size := self._take(*self._asked)) < 0:
+            if (error := ctypes.get_errno()) == errno.EAGAIN:
+                return None
+            if error != errno.EINTR:
+                raise zmq.ZMQError(error)
+        return self._name.raw[:size]
 
 
 class Readable:

@@ -29,7 +29,7 @@ from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
 from common.transports.lending import Loan, lend, prepare
-from common.transports.libzmq import Readable
+from common.transports.libzmq import Opening, Readable
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 COPY_BYTES = 64 * 1024
@@ -68,12 +68,13 @@ class ZeroMQEndpoint:
         """Holds, and what they hold."""
         self._released: list[int] = []
         self._has_message = Readable(socket)
+        self._opening = Opening(socket) if self._routes else None
         self._monitor = monitor
         self._monitor_has = Readable(monitor)
         self._quiet = False
         """Whether nothing was there, and nothing was sent since: then the descriptor tells of whatever comes."""
         self._took = False
-        """Whether the last look found a message. The next mostly finds none then: to ask costs less than to fail."""
+        """Whether a dialer took one last. The next look mostly finds none then: to ask costs less than to fail."""
         self._monitor_spoke = True
         """Whether a dialer's monitor was readable since it was last asked."""
         self._silent = False
@@ -143,22 +144,34 @@ class ZeroMQEndpoint:
         return not self._quiet
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
+        if self._opening is None:
+            return self._receive_from_server()
+        if (peer := self._opening()) is None:
+            self._quiet = True
+            return None
+        return peer, self._rest(_plain_receive(self._socket, _NOBLOCK, False))
+
+    def _receive_from_server(self) -> tuple[bytes, list[Buffer]] | None:
         silent, self._silent = self._silent, False
         took, self._took = self._took, False
         if silent or (took and not self.overlooked):
             return None
         try:
-            peer = _plain_receive(self._socket, _NOBLOCK) if self._routes else SERVER
-            frame = _plain_receive(self._socket, _NOBLOCK, False)
+            first = _plain_receive(self._socket, _NOBLOCK, False)
         except zmq.Again:
             self._quiet = True
             return None
-        self._quiet, self._took = False, True  # what came along is not announced again
-        frames = [frame.buffer]
+        self._took = True
+        return SERVER, self._rest(first)
+
+    def _rest(self, frame: Any) -> list[Buffer]:
+        """The frames of a message from this one on."""
+        self._quiet = False  # what came along is not announced again
+        frames: list[Buffer] = [frame.buffer]
         while frame.more:
             frame = _plain_receive(self._socket, _NOBLOCK, False)
             frames.append(frame.buffer)
-        return peer, frames
+        return frames
 
     def released(self) -> list[int]:
         if self._lent:
