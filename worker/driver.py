@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from common import shared, transports
+from common import scheduling, shared, transports
 from common.buffers import zeros
 from common.chunks import Plan
 from common.codecs.base import F32, U8
@@ -176,6 +176,8 @@ class Driver(Carrier):
         self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
+        self._trainer = threading.get_ident(), scheduling.take(scheduling.BATCH)
+        """Who waits for replies, and how eagerly that thread ran before."""
 
     def staging(self, size: int, machine: str) -> U8:
         """Shared with the server where that runs on this machine."""
@@ -219,6 +221,9 @@ class Driver(Carrier):
     def close(self, timeout_s: float) -> None:
         """Wait for the thread, which ends when the core has."""
         self._thread.join(timeout_s)
+        trainer, before = self._trainer
+        if threading.get_ident() == trainer:
+            scheduling.take(before)
         if threading.current_thread() is threading.main_thread():
             self._interrupts.end()
 

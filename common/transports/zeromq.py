@@ -25,6 +25,7 @@ from typing import Any
 
 import zmq
 
+from common import scheduling
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
@@ -241,7 +242,7 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     """A ROUTER bound to every address; raises NetworkError where one is taken or cannot be."""
     _keep_freed_memory()
     prepare()
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = _context().socket(zmq.ROUTER)
     _limit(socket)
     monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED)  # before anything happens
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -262,7 +263,7 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
 def dial(address: str) -> ZeroMQEndpoint:
     """A DEALER connected to `address`. Connecting never fails; silence is what tells that nobody is there."""
     _keep_freed_memory()
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = _context().socket(zmq.DEALER)
     _limit(socket)
     monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -288,6 +289,14 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, 4 * PAYLOAD_BYTES)
+
+
+def _context() -> zmq.Context[zmq.Socket[bytes]]:
+    """Whose threads wait their turn (`common.scheduling`)."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    if scheduling.is_free():
+        context.set(zmq.THREAD_SCHED_POLICY, scheduling.BATCH)  # of threads that start with the first socket
+    return context
 
 
 def _limit(socket: zmq.Socket[bytes]) -> None:

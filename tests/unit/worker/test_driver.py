@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import shared, transports, wire
+from common import scheduling, shared, transports, wire
 from common.codecs.base import U8
 from common.layout import Layout, Tensor
 from common.messages import (
@@ -303,6 +303,19 @@ def test_news_arrives_whoever_drives(both: tuple[Server, Worker]) -> None:
         started = time.monotonic()
         worker.told(events.Fetched)
         assert time.monotonic() - started < 1.0
+
+
+def test_a_trainer_waits_its_turn_while_it_is_connected_and_its_carrier_never() -> None:
+    before = os.sched_getscheduler(0)
+    server = Server()
+    worker = Worker(server.end.address)
+    carrier = worker.driver._thread.native_id
+    assert carrier is not None
+    assert (os.sched_getscheduler(0), os.sched_getscheduler(carrier)) == (scheduling.BATCH, before)
+    worker.driver.post(events.Leave("done"))
+    worker.driver.close(PATIENCE_S)
+    assert os.sched_getscheduler(0) == before
+    server.end.close()
 
 
 def test_hello_is_said_once_however_soon_the_trainer_waits() -> None:

@@ -1,0 +1,70 @@
+"""Who waits its turn, and who stays as it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from common import scheduling
+from common.scheduling import BATCH, USUAL
+
+ZEROMQ = """
+import os
+from common import transports
+end = transports.listen(["tcp://127.0.0.1:0"])
+names = {thread: open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")}
+print({os.sched_getscheduler(int(thread)) for thread, name in names.items() if name.startswith("ZMQbg/IO")})
+print(os.sched_getscheduler(0))
+end.close()
+"""
+
+
+def on_a_thread(work: Callable[[], Any]) -> Any:
+    """What it returns on a thread of its own, which ends with it."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_waits_its_turn_until_it_is_as_it_was() -> None:
+    def work() -> list[int]:
+        os.sched_setscheduler(0, USUAL, os.sched_param(0))
+        before = scheduling.take(BATCH)
+        between = os.sched_getscheduler(0)
+        scheduling.take(before)
+        return [before, between, os.sched_getscheduler(0)]
+
+    assert on_a_thread(work) == [USUAL, BATCH, USUAL]
+
+
+def test_a_special_thread_stays_what_it_is() -> None:
+    def work() -> list[int]:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        scheduling.take(scheduling.take(BATCH))
+        return [scheduling.is_free(), os.sched_getscheduler(0)]
+
+    assert on_a_thread(work) == [False, os.SCHED_IDLE]
+
+
+def test_where_the_system_refuses_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    before = os.sched_getscheduler(0)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    assert not scheduling.is_free()
+    scheduling.take(scheduling.take(BATCH))
+    assert os.sched_getscheduler(0) == before
+
+
+def test_threads_of_zeromq_wait_their_turn() -> None:
+    done = subprocess.run([sys.executable, "-c", ZEROMQ], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == [str({BATCH}), str(os.sched_getscheduler(0))]
