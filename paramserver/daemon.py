@@ -118,14 +118,16 @@ class Daemon:
             self._timer_due = 0.0
             self._release_timer: asyncio.TimerHandle | None = None
             self._loop.add_reader(endpoint.fileno(), self._readable)
-            self._loop.add_reader(endpoint.monitor_fileno(), endpoint.listen_to_monitor)
+            for monitor in endpoint.monitors:
+                self._loop.add_reader(monitor, endpoint.listen_to_monitor)
             self._ready(endpoint.address)
             self._handle(Tick())
             self._readable()  # descriptors tell of nothing before somebody has looked once
             endpoint.listen_to_monitor()
             await self._stopped.wait()
             self._loop.remove_reader(endpoint.fileno())
-            self._loop.remove_reader(endpoint.monitor_fileno())
+            for monitor in endpoint.monitors:
+                self._loop.remove_reader(monitor)
         finally:
             self._pool.close()
             self._writer.shutdown(wait=True)

@@ -11,7 +11,7 @@ Laws
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from common.messages import Buffer
@@ -41,3 +41,32 @@ class Endpoint(Protocol):
 
     def close(self) -> None:
         """Drop what is queued and close. A second call does nothing."""
+
+
+class Sockets(Endpoint, Protocol):
+    """An end that can be waited for, by descriptors."""
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of which one becomes readable when a message, or a loss, may be there."""
+
+    @property
+    def overlooked(self) -> bool:
+        """Whether there is anything to receive of which no descriptor may tell. It costs nothing where all is quiet."""
+
+    @property
+    def holding(self) -> bool:
+        """Whether any buffer is still being read."""
+
+    def woken(self, descriptors: Container[int]) -> None:
+        """Whoever waited for a dialer's `descriptors` found these readable."""
+
+    def lost(self) -> bool:
+        """Whether a dialer's connection broke since the last call; to be asked after `woken` and `receive`."""
+
+    @property
+    def monitors(self) -> list[int]:
+        """Descriptors that become readable when `listen_to_monitor` is due, once that was called a first time."""
+
+    def listen_to_monitor(self) -> None:
+        """Take in which connections began, whether or not anybody will ever speak there."""

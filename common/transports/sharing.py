@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from common.codecs.base import U8
 from common.messages import Buffer
 from common.shared import MARK_BYTES, Memory
-from common.transports.base import SERVER
+from common.transports.base import SERVER, Sockets
 from common.transports.lines import Line
-from common.transports.zeromq import ZeroMQEndpoint
 from common.wire import PAYLOAD_BYTES
 
 POINT_BYTES = 16 * 1024
@@ -68,7 +67,7 @@ class _Shared:
 class SharingEndpoint:
     """A `ZeroMQEndpoint` behind `common.transports.base.Endpoint`, with memory shared beside it."""
 
-    def __init__(self, sockets: ZeroMQEndpoint) -> None:
+    def __init__(self, sockets: Sockets) -> None:
         self._sockets = sockets
         self._shared: dict[bytes, _Shared] = {}
         self._kept: Message | None = None
@@ -91,10 +90,11 @@ class SharingEndpoint:
     def fileno(self) -> int:
         return self._sockets.fileno()
 
-    def monitor_fileno(self) -> int:
-        """Becomes readable when `listen_to_monitor` is due, once that was called a first time. A listener's; a dialer
-        is asked whether its connection is `lost`."""
-        return self._sockets.monitor_fileno()
+    @property
+    def monitors(self) -> list[int]:
+        """Descriptors that become readable when `listen_to_monitor` is due, once that was called a first time. A
+        listener's; a dialer is asked whether its connection is `lost`."""
+        return self._sockets.monitors
 
     def listen_to_monitor(self) -> None:
         """Take in which connections began, whether or not anybody will ever speak there."""

@@ -92,9 +92,9 @@ class ZeroMQEndpoint:
     def fileno(self) -> int:
         return self.descriptors[0]
 
-    def monitor_fileno(self) -> int:
-        """Becomes readable when `listen_to_monitor` is due, once that was called a first time."""
-        return self.descriptors[-1]
+    @property
+    def monitors(self) -> list[int]:
+        return self.descriptors[-1:]
 
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
         self._quiet = False

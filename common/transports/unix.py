@@ -1,0 +1,402 @@
+"""ipc:// by Unix sockets of our own: whoever needs a message takes it from the system, with no thread in between.
+
+    MAGIC (u32)   header bytes (u32)   payload bytes (u32)   header   payload          little-endian; a message
+
+Laws
+* A payload goes from where it lies, and comes into memory of its own that nobody else writes.
+* What the system does not take at once waits, in order: so many messages for a peer, and no more.
+* Whoever says anything else than messages, or longer ones than there are, is cut off, and nobody else notices.
+* A path belongs to one listener: not to be had while that lives, free when it is dead, and gone when it has closed.
+
+Left out: encryption, for the system says who may open a path.
+
+ZeroMQ has threads of its own, on both sides, that have to be woken for a message and share no cache with those that
+work on it: on a machine whose cores are all busy that is a fifth of an exchange (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import NetworkError
+from common.messages import Buffer
+from common.transports.base import SERVER
+from common.wire import HEADER_BYTES, PAYLOAD_BYTES
+
+SCHEME = "ipc://"
+QUEUED_MESSAGES = 64
+"""For one peer, at most: well above what the windows of one session allow."""
+BACKLOG = 1024
+ACCEPTED_AT_ONCE = 64
+DEAF_S = 0.1
+"""Where no connection can be taken, because this process has too many descriptors, nobody is asked for so long."""
+MAGIC = 0x31765350
+NAME = b"unix "
+"""So peers' names begin, and those of no other transport."""
+_START = struct.Struct("<III")
+_IN, _IN_AND_OUT = select.EPOLLIN, select.EPOLLIN | select.EPOLLOUT
+_numbers = itertools.count(1)
+Message = tuple[bytes, list[Buffer]]
+
+
+class _Stream:
+    """One connection: whole messages, both ways."""
+
+    def __init__(self, name: bytes, connected: socket.socket, watched: select.epoll) -> None:
+        connected.setblocking(False)
+        # room for a chunk that nobody has read yet: else both sides wake each other for every few pages
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PAYLOAD_BYTES)
+        self.name = name
+        self.ended = False
+        """Whether nothing will come any more."""
+        self.queued: deque[tuple[list[memoryview], int]] = deque()
+        """Messages, or what is left of them, and their holds."""
+        self._socket = connected
+        self._watched = watched
+        self._start = bytearray(_START.size)
+        self._parts = [memoryview(self._start)]
+        """What is to be filled: first the start of a message, then the rest of it."""
+        self._frames: list[memoryview] = []
+        """Of the message that is coming; none before its start is there."""
+        watched.register(connected.fileno(), _IN)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, frames: Sequence[Buffer], hold: int) -> tuple[str, bool]:
+        """(why it could not be sent or "", whether the system has all of it)."""
+        if self.ended:
+            return "the peer is gone", False
+        if len(self.queued) >= QUEUED_MESSAGES:
+            return "the peer does not read", False
+        header, payload = frames[0], frames[1] if len(frames) > 1 else b""
+        start = b"".join((_START.pack(MAGIC, len(header), len(payload)), header))
+        parts = [memoryview(start), memoryview(payload)]
+        if not self.queued:
+            if (left := self._sent(parts)) is None:
+                return "the peer is gone", False
+            if not left:
+                return "", True
+            self._watched.modify(self.fileno(), _IN_AND_OUT)
+            parts = left
+        self.queued.append((parts, hold))
+        return "", False
+
+    def flush(self) -> list[int]:
+        """Hand the system what it takes; the holds of what it has all of."""
+        done: list[int] = []
+        while self.queued:
+            parts, hold = self.queued[0]
+            if (left := self._sent(parts)) is None:
+                break
+            if left:
+                self.queued[0] = left, hold
+                return done
+            self.queued.popleft()
+            if hold:
+                done.append(hold)
+        if not self.ended:
+            self._watched.modify(self.fileno(), _IN)
+        return done
+
+    def _sent(self, parts: list[memoryview]) -> list[memoryview] | None:
+        """What is left of them after sending; None where the peer is gone."""
+        try:
+            size = self._socket.sendmsg(parts)
+        except BlockingIOError:
+            return parts
+        except OSError:
+            self.ended = True
+            return None
+        return _after(parts, size)
+
+    def receive(self) -> list[Buffer] | None:
+        """The next message, where all of it is there."""
+        while True:
+            try:
+                size = self._socket.recvmsg_into(self._parts)[0]
+            except BlockingIOError:
+                return None
+            except OSError:
+                size = 0
+            if size == 0:
+                self.ended = True
+                return None
+            self._parts = _after(self._parts, size)
+            if self._parts:  # nothing else is there yet
+                return None
+            if self._frames:
+                frames, self._frames, self._parts = self._frames, [], [memoryview(self._start)]
+                return list(frames)
+            magic, header, payload = _START.unpack(self._start)
+            if magic != MAGIC or not 0 < header <= HEADER_BYTES or payload > PAYLOAD_BYTES:
+                self.ended = True
+                return None
+            self._frames = [memoryview(bytearray(header))]
+            if payload:
+                self._frames.append(np.empty(payload, np.uint8).data)
+            self._parts = list(self._frames)
+
+    def close(self) -> list[int]:
+        """A second call does nothing; the holds of what nobody will read any more."""
+        self.ended = True
+        self._socket.close()
+        held = [hold for _, hold in self.queued if hold]
+        self.queued.clear()
+        return held
+
+
+def _after(parts: list[memoryview], size: int) -> list[memoryview]:
+    """What of them lies behind the first so many bytes."""
+    for index, part in enumerate(parts):
+        if size < len(part):
+            return [part[size:], *parts[index + 1 :]]
+        size -= len(part)
+    return []
+
+
+class _End:
+    """What both ends of `common.transports.base.Sockets` have."""
+
+    overlooked = False
+    """The descriptor tells of everything, as long as it is there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._watched = select.epoll()
+        self._released: list[int] = []
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self._watched.fileno()]
+
+    def fileno(self) -> int:
+        return self._watched.fileno()
+
+    @property
+    def monitors(self) -> list[int]:
+        return []
+
+    def listen_to_monitor(self) -> None:
+        """There is none."""
+
+    def woken(self, descriptors: Container[int]) -> None:
+        """Nothing is to be remembered."""
+
+    def released(self) -> list[int]:
+        done, self._released = self._released, []
+        return done
+
+
+class UnixListener(_End):
+    """Takes connections at a path."""
+
+    def __init__(self, listening: socket.socket, address: str) -> None:
+        super().__init__(address)
+        self._socket = listening
+        self._path = _path(address)
+        self._inode = _inode(self._path)
+        self._watched.register(listening.fileno(), _IN)
+        self._streams: dict[bytes, _Stream] = {}
+        self._by_descriptor: dict[int, _Stream] = {}
+        self._readable: deque[_Stream] = deque()
+        """Those of which something may be there, in turn."""
+        self._sending: set[_Stream] = set()
+        """Those for which something waits."""
+        self._deaf_until = 0.0
+
+    def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
+        if (stream := self._streams.get(peer)) is None:
+            return "the peer is gone"
+        refusal, done = stream.send(frames, hold)
+        if not done:
+            self._sending.add(stream)
+        elif hold:
+            self._released.append(hold)
+        return refusal
+
+    def receive(self) -> Message | None:
+        while self._readable or self._look():
+            stream = self._readable.popleft()
+            if (frames := stream.receive()) is not None:
+                return stream.name, frames
+            if stream.ended:
+                self._drop(stream)
+        return None
+
+    def _look(self) -> bool:
+        """Ask the system what can be read, and written, and who calls; whether anything can be read."""
+        if self._watched.closed:
+            return False
+        if self._deaf_until and time.monotonic() >= self._deaf_until:
+            self._deaf_until = 0.0
+            self._watched.register(self._socket.fileno(), _IN)
+        for descriptor, event in self._watched.poll(0):
+            if (stream := self._by_descriptor.get(descriptor)) is None:
+                self._accept()
+                continue
+            if event & select.EPOLLOUT:
+                self._flush(stream)
+            if event & ~select.EPOLLOUT:
+                self._readable.append(stream)
+        return bool(self._readable)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                caller, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError:
+                self._watched.unregister(self._socket.fileno())
+                self._deaf_until = time.monotonic() + DEAF_S
+                return
+            stream = _Stream(NAME + b"%d" % next(_numbers), caller, self._watched)
+            self._streams[stream.name] = self._by_descriptor[stream.fileno()] = stream
+
+    def _flush(self, stream: _Stream) -> None:
+        self._released += stream.flush()
+        if not stream.queued:
+            self._sending.discard(stream)
+
+    def _drop(self, stream: _Stream) -> None:
+        self._sending.discard(stream)
+        del self._streams[stream.name], self._by_descriptor[stream.fileno()]
+        self._released += stream.close()
+
+    def released(self) -> list[int]:
+        for stream in tuple(self._sending):
+            self._flush(stream)
+        return super().released()
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._released or self._sending)
+
+    def lost(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self._watched.closed:
+            return
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        self._by_descriptor.clear()
+        self._readable.clear()
+        self._sending.clear()
+        self._watched.close()
+        self._socket.close()
+        if self._inode is not None and _inode(self._path) == self._inode:
+            Path(os.fsdecode(self._path)).unlink(missing_ok=True)
+
+
+class UnixDialer(_End):
+    """A connection to a path."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._told = False
+        """Whether somebody knows that it is lost."""
+        connecting = _new()
+        connecting.setblocking(False)
+        try:
+            connecting.connect(_path(address))
+            self._stream: _Stream | None = _Stream(SERVER, connecting, self._watched)
+        except OSError:  # silence tells that nobody is there
+            connecting.close()
+            self._stream = None
+
+    def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
+        if self._stream is None:
+            return "nobody listens there"
+        refusal, done = self._stream.send(frames, hold)
+        if done and hold:
+            self._released.append(hold)
+        return refusal
+
+    def receive(self) -> Message | None:
+        if (stream := self._stream) is None or self._told:
+            return None
+        if stream.queued:
+            self._released += stream.flush()
+        if (frames := stream.receive()) is not None:
+            return SERVER, frames
+        if stream.ended:
+            self._released += stream.close()
+        return None
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._released) or (self._stream is not None and bool(self._stream.queued))
+
+    def lost(self) -> bool:
+        lost = self._stream is not None and self._stream.ended and not self._told
+        self._told |= lost
+        return lost
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._told = True
+            self._stream.close()
+        self._watched.close()
+
+
+def listen(address: str) -> UnixListener:
+    """Bound to ipc://PATH, or ipc://@NAME for one without a file; raises NetworkError."""
+    path, listening = _path(address), _new()
+    try:
+        if _is_live(path):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        if _inode(path) is not None:
+            os.unlink(path)
+        listening.bind(path)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+    except OSError as error:
+        listening.close()
+        raise _cannot_listen(address, error) from None
+    return UnixListener(listening, address)
+
+
+def _cannot_listen(address: str, error: OSError) -> NetworkError:
+    if error.errno == errno.EADDRINUSE:
+        return NetworkError(
+            f"Cannot listen on {address}: something else already does.", fix="Stop it, or choose another path."
+        )
+    return NetworkError(f"Cannot listen on {address}: {error.strerror or error}.", fix="Check the path.")
+
+
+def _new() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def _path(address: str) -> bytes:
+    """As the system wants it; a name without a file begins with a zero."""
+    path = os.fsencode(address.removeprefix(SCHEME))
+    return b"\0" + path[1:] if path.startswith(b"@") else path
+
+
+def _inode(path: bytes) -> int | None:
+    """Of the socket there; None where there is none, or something else."""
+    with contextlib.suppress(OSError, ValueError):  # a name without a file
+        if Path(os.fsdecode(path)).is_socket():
+            return os.stat(path).st_ino
+    return None
+
+
+def _is_live(path: bytes) -> bool:
+    with _new() as probe:
+        return probe.connect_ex(path) == 0
