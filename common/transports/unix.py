@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.buffers import keep_freed_memory
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
@@ -308,6 +309,7 @@ class UnixDialer(_End):
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
+        keep_freed_memory(PAYLOAD_BYTES)
         self._told = False
         """Whether somebody knows that it is lost."""
         connecting = _new()
@@ -356,6 +358,7 @@ class UnixDialer(_End):
 
 def listen(address: str) -> UnixListener:
     """Bound to ipc://PATH, or ipc://@NAME for one without a file; raises NetworkError."""
+    keep_freed_memory(PAYLOAD_BYTES)
     path, listening = _path(address), _new()
     try:
         if _is_live(path):

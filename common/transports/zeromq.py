@@ -1,4 +1,4 @@
-"""tcp:// and ipc:// by ZeroMQ: a ROUTER listens, a DEALER dials.
+"""tcp:// by ZeroMQ: a ROUTER listens, a DEALER dials.
 
 Laws
 * Routing ids are made by the ROUTER, so no peer can take another's place.
@@ -12,20 +12,18 @@ Laws
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
 import socket as sockets
 import struct
-import time
 from collections.abc import Container, Sequence
-from pathlib import Path
 from typing import Any
 
 import zmq
 
 from common import scheduling
+from common.buffers import keep_freed_memory
 from common.errors import NetworkError
 from common.messages import Buffer
 from common.transports.base import SERVER
@@ -42,12 +40,8 @@ LENT_MESSAGES = 2 * WINDOW_CHUNKS
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 10_000, 60_000
 HANDSHAKE_MS = 2_000
 BACKLOG = 1024
-LET_GO_S = 1.0
 UNPACED = b"reno"
 """The congestion control within this machine: every Linux has it and lets everybody choose it."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES = 64 << 20
-"""Freed memory that malloc keeps for the next messages, at most."""
 # Plain sending and receiving: what zmq.Socket puts around them, and its enumerations, cost more than they do
 _plain_send: Any = zmq.backend.Socket.send
 _plain_receive: Any = zmq.backend.Socket.recv
@@ -218,11 +212,9 @@ class ZeroMQEndpoint:
 
 
 def _tune(descriptor: int) -> None:
-    """Fit a connection within this machine, which has just begun, to chunks.
+    """Have a connection that has just begun not be paced, where it does not leave this machine.
 
-    A Unix one is given room for a chunk that nobody has read yet: else its sender and its receiver wake each other for
-    every few pages. That of TCP grows by itself; but where the system's congestion control paces what it sends, as BBR
-    does, that costs a quarter of the time for nothing: there is no queue to spare.
+    BBR, for one, paces what it sends: that costs a quarter of the time for nothing, for there is no queue to spare.
     """
     with contextlib.suppress(OSError):  # it is over already, and the number perhaps another's
         kept = os.dup(descriptor)
@@ -232,15 +224,13 @@ def _tune(descriptor: int) -> None:
             os.close(kept)
             return
         with connection:
-            if connection.family == sockets.AF_UNIX:
-                connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, PAYLOAD_BYTES)
-            elif connection.getpeername()[0] == connection.getsockname()[0]:
+            if connection.getpeername()[0] == connection.getsockname()[0]:
                 connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_CONGESTION, UNPACED)
 
 
 def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     """A ROUTER bound to every address; raises NetworkError where one is taken or cannot be."""
-    _keep_freed_memory()
+    keep_freed_memory(PAYLOAD_BYTES)
     prepare()
     socket: zmq.Socket[bytes] = _context().socket(zmq.ROUTER)
     _limit(socket)
@@ -250,11 +240,10 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
     bound: list[str] = []
     for address in addresses:
         try:
-            _refuse_live_ipc(address)
             socket.setsockopt(zmq.IPV6, int("[" in address))
             socket.bind(_ANY_PORT.sub(r"\1:*", address))
         except zmq.ZMQError as error:
-            _let_go(socket, monitor, bound)
+            _close(socket, monitor)
             raise _cannot_bind(address, error) from None
         bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
     return ZeroMQEndpoint(socket, monitor, bound[0])
@@ -262,7 +251,7 @@ def listen(addresses: Sequence[str]) -> ZeroMQEndpoint:
 
 def dial(address: str) -> ZeroMQEndpoint:
     """A DEALER connected to `address`. Connecting never fails; silence is what tells that nobody is there."""
-    _keep_freed_memory()
+    keep_freed_memory(PAYLOAD_BYTES)
     socket: zmq.Socket[bytes] = _context().socket(zmq.DEALER)
     _limit(socket)
     monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
@@ -277,18 +266,6 @@ def dial(address: str) -> ZeroMQEndpoint:
             f"'{address}' is no address to dial ({error.strerror}).", fix="Write it as tcp://HOST:PORT or ipc://PATH."
         ) from None
     return ZeroMQEndpoint(socket, monitor, address)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that messages are received into.
-
-    Given back to the system after every message it would return page by page, each with a fault that costs more than
-    copying the page.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_MMAP_THRESHOLD, 4 * PAYLOAD_BYTES)
 
 
 def _context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -309,30 +286,6 @@ def _limit(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-
-
-def _refuse_live_ipc(address: str) -> None:
-    """ZeroMQ takes an ipc address over even from a server that lives; the file of a dead one is fine."""
-    if _is_live_ipc(address):
-        raise zmq.ZMQError(errno.EADDRINUSE)
-
-
-def _is_live_ipc(address: str) -> bool:
-    path = Path(address.removeprefix("ipc://"))
-    if not address.startswith("ipc://") or not path.is_socket():
-        return False
-    with sockets.socket(sockets.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
-def _let_go(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], addresses: Sequence[str]) -> None:
-    """Unbind, and wait until it is done: ZeroMQ does it on a thread of its own."""
-    for address in addresses:
-        socket.unbind(address)
-    deadline = time.monotonic() + LET_GO_S
-    while any(_is_live_ipc(address) for address in addresses) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    _close(socket, monitor)
 
 
 def _close(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
