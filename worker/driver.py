@@ -355,7 +355,7 @@ class _Offered:
         try:
             return cls(memory, Door(memory.place.mark))
         except OSError as error:
-            log.warning("the server is reached by ZeroMQ alone, which takes longer: %s", error)
+            log.warning("the server is reached without a line, which takes longer: %s", error)
             return cls(memory, None)
 
     def line(self, theirs: Place) -> Line | None:

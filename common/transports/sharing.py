@@ -1,4 +1,4 @@
-"""A ZeroMQ end that, with peers of this machine, shares memory: what lies there is pointed at, and need not be sent.
+"""An end that, with peers of this machine, shares memory: what lies there is pointed at, and need not be sent.
 
     frames    header | payload          or, of a payload in shared memory:     header | pointer: mark, offset, length
 
@@ -6,10 +6,11 @@ Laws
 * A pointer takes the place of a payload that lies in shared memory. No payload is taken for one, since it bears the
   memory's random mark. Whoever sends one sees to it that what it points at stays until the peer is done, for nothing
   tells when.
-* Where there is a line to the peer (`common.transports.lines`), what has a pointer goes by it, all else by ZeroMQ. A
-  line is emptied before a message of ZeroMQ is taken: so what goes by it may overtake what was sent before, and is
-  never overtaken. The cores bear messages in any order; what must not be split, a reply in chunks, is not.
-* Without a line, pointers go by ZeroMQ, in order with everything.
+* Where there is a line to the peer (`common.transports.lines`), what has a pointer goes by it, all else by
+  the sockets. A line is emptied before a message of theirs is taken: so what goes by it may overtake what was sent
+  before, and is never overtaken. The cores bear messages in any order; what must not be split, a reply in chunks, is
+  not.
+* Without a line, pointers go by the sockets, in order with everything.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from common.transports.lines import Line
 from common.wire import PAYLOAD_BYTES
 
 POINT_BYTES = 16 * 1024
-"""Shorter payloads are sent in a message of ZeroMQ, though they lie in shared memory: it costs no more."""
+"""Shorter payloads are sent by the sockets, though they lie in shared memory: it costs no more."""
 AHEAD_MESSAGES = 64
-"""So many at most: nobody who keeps a line full holds up what others sent by ZeroMQ. A session has one or two there."""
+"""So many at most: nobody who keeps a line full holds up what others sent otherwise. A session has one or two there."""
 _POINTER = struct.Struct(f"<{MARK_BYTES}sQQ")
 Message = tuple[bytes, list[Buffer]]
 
@@ -65,13 +66,13 @@ class _Shared:
 
 
 class SharingEndpoint:
-    """A `ZeroMQEndpoint` behind `common.transports.base.Endpoint`, with memory shared beside it."""
+    """Sockets behind `common.transports.base.Endpoint`, with memory shared beside them."""
 
     def __init__(self, sockets: Sockets) -> None:
         self._sockets = sockets
         self._shared: dict[bytes, _Shared] = {}
         self._kept: Message | None = None
-        """Taken from ZeroMQ, and kept until the line of its peer is empty."""
+        """Taken from the sockets, and kept until the line of its peer is empty."""
         self._ahead = 0
         """Messages of that line that were let go first."""
         self._released: list[int] = []
