@@ -1,7 +1,7 @@
 """How eagerly the system lets a thread run: once woken, it pushes aside whoever runs, or it waits its turn.
 
-    before = take(BATCH)        the calling thread waits its turn from now on
-    take(before)                as it was
+    wait_turn() ... end()       the calling thread waits its turn in between
+    be_usual()                  it does not, whoever started it
     is_free()                   whether it may choose
 
 Most threads here are woken by a message which can wait until the one who sent it, or somebody else's exchange, is done:
@@ -15,8 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 
-USUAL, BATCH = os.SCHED_OTHER, os.SCHED_BATCH
+USUAL, BATCH, NEITHER = os.SCHED_OTHER, os.SCHED_BATCH, -1
+
+
+class _Thread(threading.local):
+    """What is known of one thread."""
+
+    waiting = 0
+    """How often `wait_turn` was said and not ended."""
+    before = NEITHER
+
+
+_this = _Thread()
 
 
 def is_free() -> bool:
@@ -28,10 +40,26 @@ def is_free() -> bool:
     return False
 
 
-def take(policy: int) -> int:
-    """Have the calling thread be `policy`, where it is free to; returns what it was."""
-    if not is_free():
-        return policy
-    before = os.sched_getscheduler(0)
-    os.sched_setscheduler(0, policy, os.sched_param(0))
-    return before
+def wait_turn() -> None:
+    """Have the calling thread wait its turn, where it is free to, until each of these calls was ended on it."""
+    if _this.waiting == 0:
+        _this.before = os.sched_getscheduler(0) if is_free() else NEITHER
+        _be(BATCH)
+    _this.waiting += 1
+
+
+def end() -> None:
+    """End one `wait_turn` of this thread."""
+    _this.waiting -= 1
+    if _this.waiting == 0:
+        _be(_this.before)
+
+
+def be_usual() -> None:
+    """Have the calling thread, which may be a child of one that waits, be of the usual kind, where it is free to."""
+    _be(USUAL)
+
+
+def _be(policy: int) -> None:
+    if policy != NEITHER and is_free():
+        os.sched_setscheduler(0, policy, os.sched_param(0))

@@ -269,7 +269,7 @@ class ServerCore:
         of_push = self.order.runs_push
         if run := self.order.finish(job, results):
             self.out.add(run)
-        if not of_push or not self._calm or self.state.finished:
+        if not of_push or not self._calm or self.state.finished or self.state.budget.used_up(self.state.now):
             return False
         return self._save_foreseen or not self.durability.needed
 

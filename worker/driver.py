@@ -176,8 +176,8 @@ class Driver(Carrier):
         self._drive(lambda: self._do(self._core.handle(Dialled(), time.monotonic())))
         self._thread = threading.Thread(target=self._run, name="paramserver-driver", daemon=True)
         self._thread.start()
-        self._trainer = threading.get_ident(), scheduling.take(scheduling.BATCH)
-        """Who waits for replies, and how eagerly that thread ran before."""
+        scheduling.wait_turn()
+        self._trainer = threading.get_ident()
 
     def staging(self, size: int, machine: str) -> U8:
         """Shared with the server where that runs on this machine."""
@@ -221,9 +221,9 @@ class Driver(Carrier):
     def close(self, timeout_s: float) -> None:
         """Wait for the thread, which ends when the core has."""
         self._thread.join(timeout_s)
-        trainer, before = self._trainer
-        if threading.get_ident() == trainer:
-            scheduling.take(before)
+        if threading.get_ident() == self._trainer:
+            self._trainer = 0
+            scheduling.end()
         if threading.current_thread() is threading.main_thread():
             self._interrupts.end()
 
@@ -245,6 +245,7 @@ class Driver(Carrier):
 
     def _run(self) -> None:
         """The thread in the background."""
+        scheduling.be_usual()
         while not self._over:
             now, called = time.monotonic(), False
             if self._attended or now < self._attended_until + ASIDE_S:

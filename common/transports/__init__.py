@@ -31,7 +31,7 @@ def listen(addresses: Sequence[str]) -> SharingEndpoint:
 
 def dial(address: str) -> SharingEndpoint:
     """Connected to `address`, or soon; silence tells that nobody is there. Raises NetworkError for no address."""
-    return SharingEndpoint(unix.UnixDialer(address) if _is_path(address) else zeromq.dial(address))
+    return SharingEndpoint(unix.dial(address) if _is_path(address) else zeromq.dial(address))
 
 
 def _is_path(address: str) -> bool:

@@ -55,6 +55,10 @@ class Sockets(Endpoint, Protocol):
         """Whether there is anything to receive of which no descriptor may tell. It costs nothing where all is quiet."""
 
     @property
+    def patience_s(self) -> float:
+        """Seconds after which `receive` is to be asked, whatever the descriptors tell."""
+
+    @property
     def holding(self) -> bool:
         """Whether any buffer is still being read."""
 

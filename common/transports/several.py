@@ -1,4 +1,7 @@
-"""One listener made of several: each address has a transport of its own, and whoever serves them sees one."""
+"""One listener made of several: each address has a transport of its own, and whoever serves them sees one.
+
+Names tell which transport a peer came by; with ZeroMQ a peer may choose its own, and nobody hears one that chose another's.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,10 @@ class Several:
         return any([one.overlooked for one in self._listeners])  # each is to be asked
 
     @property
+    def patience_s(self) -> float:
+        return min(one.patience_s for one in self._listeners)
+
+    @property
     def holding(self) -> bool:
         return any(one.holding for one in self._listeners)
 
@@ -52,17 +59,21 @@ class Several:
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
         refusal = "the peer is gone"
         for one in self._listeners:
-            of_path = isinstance(one, unix.UnixListener)
-            if of_path == peer.startswith(unix.NAME) and not (refusal := one.send(peer, frames, hold)):
+            if self._is_of(peer, one) and not (refusal := one.send(peer, frames, hold)):
                 break
         return refusal
 
     def receive(self) -> tuple[bytes, list[Buffer]] | None:
         for _ in self._listeners:
             self._turns.rotate()
-            if (message := self._turns[0].receive()) is not None:
-                return message
+            while (message := self._turns[0].receive()) is not None:
+                if self._is_of(message[0], self._turns[0]):
+                    return message
         return None
+
+    @staticmethod
+    def _is_of(peer: bytes, listener: Sockets) -> bool:
+        return peer.startswith(unix.NAME) == isinstance(listener, unix.UnixListener)
 
     def released(self) -> list[int]:
         return [hold for one in self._listeners for hold in one.released()]

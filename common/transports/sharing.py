@@ -190,7 +190,7 @@ class SharingEndpoint:
         try:
             if also != self._also:
                 self._watch_also(also)
-            readable = dict(self._watched.poll(timeout_s))
+            readable = dict(self._watched.poll(min(timeout_s, self._sockets.patience_s)))
         except (OSError, ValueError):  # another thread has closed this end
             return False
         self._sockets.woken(readable)

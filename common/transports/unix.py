@@ -5,7 +5,8 @@
 Laws
 * A payload goes from where it lies, and comes into memory of its own that nobody else writes.
 * What the system does not take at once waits, in order: so many messages for a peer, and no more.
-* Whoever says anything else than messages, or longer ones than there are, is cut off, and nobody else notices.
+* Whoever says anything else than messages, or longer ones than there are, is cut off, and nobody else notices. So is
+  who says nothing after it has called, or reads nothing of what waits for it, for too long.
 * A path belongs to one listener: not to be had while that lives, free when it is dead, and gone when it has closed.
 
 Left out: encryption, for the system says who may open a path.
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
+import math
 import os
 import select
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +40,22 @@ from common.transports.base import SERVER
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 
 SCHEME = "ipc://"
+PATH_BYTES = 107
 QUEUED_MESSAGES = 64
 """For one peer, at most: well above what the windows of one session allow."""
 BACKLOG = 1024
 ACCEPTED_AT_ONCE = 64
+CALL_S = 0.1
+"""Where nobody listens yet, it is called this often."""
+FIRST_MESSAGE_S, STALLED_S = 10.0, 60.0
+"""Who has called and said nothing, or takes nothing of what waits, is given up after so long."""
+STARTING_S = 2.0
+"""So long another server may take to come by a path beside this one."""
 DEAF_S = 0.1
 """Where no connection can be taken, because this process has too many descriptors, nobody is asked for so long."""
 MAGIC = 0x31765350
-NAME = b"unix "
-"""So peers' names begin, and those of no other transport."""
+NAME = b"\0unix "
+"""So peers' names begin."""
 _START = struct.Struct("<III")
 _IN, _IN_AND_OUT = select.EPOLLIN, select.EPOLLIN | select.EPOLLOUT
 _numbers = itertools.count(1)
@@ -62,6 +72,12 @@ class _Stream:
         self.name = name
         self.ended = False
         """Whether nothing will come any more."""
+        self.broken = False
+        """Whether nothing can be sent any more; what came before is still to be received."""
+        self.spoke = False
+        """Whether any message came."""
+        self.moved = time.monotonic()
+        """When it began, or anything of what waits was sent last."""
         self.queued: deque[tuple[list[memoryview], int]] = deque()
         """Messages, or what is left of them, and their holds."""
         self._socket = connected
@@ -78,7 +94,7 @@ class _Stream:
 
     def send(self, frames: Sequence[Buffer], hold: int) -> tuple[str, bool]:
         """(why it could not be sent or "", whether the system has all of it)."""
-        if self.ended:
+        if self.ended or self.broken:
             return "the peer is gone", False
         if len(self.queued) >= QUEUED_MESSAGES:
             return "the peer does not read", False
@@ -91,35 +107,39 @@ class _Stream:
             if not left:
                 return "", True
             self._watched.modify(self.fileno(), _IN_AND_OUT)
-            parts = left
+            self.moved, parts = time.monotonic(), left
         self.queued.append((parts, hold))
         return "", False
 
     def flush(self) -> list[int]:
         """Hand the system what it takes; the holds of what it has all of."""
         done: list[int] = []
-        while self.queued:
+        while self.queued and not self.broken:
             parts, hold = self.queued[0]
             if (left := self._sent(parts)) is None:
-                break
+                return done
+            if left is not parts:
+                self.moved = time.monotonic()
             if left:
                 self.queued[0] = left, hold
                 return done
             self.queued.popleft()
             if hold:
                 done.append(hold)
-        if not self.ended:
+        if not (self.ended or self.broken):
             self._watched.modify(self.fileno(), _IN)
         return done
 
     def _sent(self, parts: list[memoryview]) -> list[memoryview] | None:
         """What is left of them after sending; None where the peer is gone."""
         try:
-            size = self._socket.sendmsg(parts)
+            size = self._socket.sendmsg(parts, (), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return parts
         except OSError:
-            self.ended = True
+            self.broken = True
+            with contextlib.suppress(OSError):  # its end is to be received, whatever the reason
+                self._socket.shutdown(socket.SHUT_RDWR)
             return None
         return _after(parts, size)
 
@@ -140,6 +160,7 @@ class _Stream:
                 return None
             if self._frames:
                 frames, self._frames, self._parts = self._frames, [], [memoryview(self._start)]
+                self.spoke = True
                 return list(frames)
             magic, header, payload = _START.unpack(self._start)
             if magic != MAGIC or not 0 < header <= HEADER_BYTES or payload > PAYLOAD_BYTES:
@@ -152,6 +173,9 @@ class _Stream:
 
     def close(self) -> list[int]:
         """A second call does nothing; the holds of what nobody will read any more."""
+        with contextlib.suppress(OSError, ValueError):  # it is closed already
+            self._watched.unregister(self.fileno())  # a forked process may keep it open
+            self._socket.shutdown(socket.SHUT_RDWR)
         self.ended = True
         self._socket.close()
         held = [hold for _, hold in self.queued if hold]
@@ -204,6 +228,8 @@ class _End:
 class UnixListener(_End):
     """Takes connections at a path."""
 
+    patience_s = math.inf
+
     def __init__(self, listening: socket.socket, address: str) -> None:
         super().__init__(address)
         self._socket = listening
@@ -214,6 +240,8 @@ class UnixListener(_End):
         self._by_descriptor: dict[int, _Stream] = {}
         self._readable: deque[_Stream] = deque()
         """Those of which something may be there, in turn."""
+        self._mute: deque[_Stream] = deque()
+        """Those who called, in order; who has said something since leaves it when its turn comes."""
         self._sending: set[_Stream] = set()
         """Those for which something waits."""
         self._deaf_until = 0.0
@@ -222,10 +250,10 @@ class UnixListener(_End):
         if (stream := self._streams.get(peer)) is None:
             return "the peer is gone"
         refusal, done = stream.send(frames, hold)
-        if not done:
-            self._sending.add(stream)
-        elif hold:
+        if done and hold:
             self._released.append(hold)
+        elif not (done or refusal):
+            self._sending.add(stream)
         return refusal
 
     def receive(self) -> Message | None:
@@ -241,18 +269,31 @@ class UnixListener(_End):
         """Ask the system what can be read, and written, and who calls; whether anything can be read."""
         if self._watched.closed:
             return False
-        if self._deaf_until and time.monotonic() >= self._deaf_until:
-            self._deaf_until = 0.0
-            self._watched.register(self._socket.fileno(), _IN)
+        if self._mute or self._deaf_until:
+            self._lose_patience(time.monotonic())
         for descriptor, event in self._watched.poll(0):
-            if (stream := self._by_descriptor.get(descriptor)) is None:
+            if descriptor == self._socket.fileno():
                 self._accept()
+                continue
+            if (stream := self._by_descriptor.get(descriptor)) is None:
                 continue
             if event & select.EPOLLOUT:
                 self._flush(stream)
             if event & ~select.EPOLLOUT:
                 self._readable.append(stream)
         return bool(self._readable)
+
+    def _lose_patience(self, now: float) -> None:
+        if self._deaf_until and now >= self._deaf_until:
+            self._deaf_until = 0.0
+            self._watched.register(self._socket.fileno(), _IN)
+        while self._mute:
+            first = self._mute[0]
+            if not (first.spoke or first.ended):
+                if now <= first.moved + FIRST_MESSAGE_S:
+                    return
+                self._drop(first)
+            self._mute.popleft()
 
     def _accept(self) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
@@ -266,6 +307,7 @@ class UnixListener(_End):
                 return
             stream = _Stream(NAME + b"%d" % next(_numbers), caller, self._watched)
             self._streams[stream.name] = self._by_descriptor[stream.fileno()] = stream
+            self._mute.append(stream)
 
     def _flush(self, stream: _Stream) -> None:
         self._released += stream.flush()
@@ -273,18 +315,22 @@ class UnixListener(_End):
             self._sending.discard(stream)
 
     def _drop(self, stream: _Stream) -> None:
+        """Close and forget it; a second call does nothing."""
         self._sending.discard(stream)
-        del self._streams[stream.name], self._by_descriptor[stream.fileno()]
-        self._released += stream.close()
+        if self._streams.pop(stream.name, None) is not None:
+            del self._by_descriptor[stream.fileno()]
+            self._released += stream.close()
 
     def released(self) -> list[int]:
         for stream in tuple(self._sending):
             self._flush(stream)
+            if stream.queued and time.monotonic() > stream.moved + STALLED_S:
+                self._drop(stream)
         return super().released()
 
     @property
     def holding(self) -> bool:
-        return bool(self._released or self._sending)
+        return bool(self._released or self._sending or self._deaf_until)
 
     def lost(self) -> bool:
         return False
@@ -298,6 +344,7 @@ class UnixListener(_End):
         self._by_descriptor.clear()
         self._readable.clear()
         self._sending.clear()
+        self._mute.clear()
         self._watched.close()
         self._socket.close()
         if self._inode is not None and _inode(self._path) == self._inode:
@@ -305,32 +352,56 @@ class UnixListener(_End):
 
 
 class UnixDialer(_End):
-    """A connection to a path."""
+    """A connection to a path, or calls there until there is one."""
 
     def __init__(self, address: str) -> None:
         super().__init__(address)
-        keep_freed_memory(PAYLOAD_BYTES)
+        self._path = _path(address)
+        self._stream: _Stream | None = None
+        self._closed = False
         self._told = False
         """Whether somebody knows that it is lost."""
-        connecting = _new()
-        connecting.setblocking(False)
+        self._early: deque[tuple[Sequence[Buffer], int]] = deque()
+        """What was sent before there was a connection."""
+        self._called = -math.inf
+        self._call()
+
+    @property
+    def patience_s(self) -> float:
+        return CALL_S if self._stream is None else math.inf
+
+    def _call(self) -> None:
+        self._called, connecting = time.monotonic(), _new()
         try:
-            connecting.connect(_path(address))
-            self._stream: _Stream | None = _Stream(SERVER, connecting, self._watched)
+            connecting.connect(self._path)
         except OSError:  # silence tells that nobody is there
             connecting.close()
-            self._stream = None
+            return
+        self._stream = _Stream(SERVER, connecting, self._watched)
+        while self._early:
+            frames, hold = self._early.popleft()
+            self._send(self._stream, frames, hold)
 
     def send(self, peer: bytes, frames: Sequence[Buffer], hold: int = 0) -> str:
-        if self._stream is None:
+        if self._stream is not None:
+            return self._send(self._stream, frames, hold)
+        if len(self._early) >= QUEUED_MESSAGES:
             return "nobody listens there"
-        refusal, done = self._stream.send(frames, hold)
+        self._early.append((frames, hold))
+        return ""
+
+    def _send(self, stream: _Stream, frames: Sequence[Buffer], hold: int) -> str:
+        refusal, done = stream.send(frames, hold)
         if done and hold:
             self._released.append(hold)
         return refusal
 
     def receive(self) -> Message | None:
-        if (stream := self._stream) is None or self._told:
+        if (stream := self._stream) is None:
+            if not self._closed and time.monotonic() >= self._called + CALL_S:
+                self._call()
+            return None
+        if self._told:
             return None
         if stream.queued:
             self._released += stream.flush()
@@ -342,7 +413,7 @@ class UnixDialer(_End):
 
     @property
     def holding(self) -> bool:
-        return bool(self._released) or (self._stream is not None and bool(self._stream.queued))
+        return bool(self._released or self._early) or (self._stream is not None and bool(self._stream.queued))
 
     def lost(self) -> bool:
         lost = self._stream is not None and self._stream.ended and not self._told
@@ -350,10 +421,19 @@ class UnixDialer(_End):
         return lost
 
     def close(self) -> None:
+        self._closed = self._told = True
+        self._early.clear()
         if self._stream is not None:
-            self._told = True
             self._stream.close()
         self._watched.close()
+
+
+def dial(address: str) -> UnixDialer:
+    """Connected to ipc://PATH or ipc://@NAME, or soon; raises NetworkError for what can be no path."""
+    keep_freed_memory(PAYLOAD_BYTES)
+    if not 0 < len(_path(address)) <= PATH_BYTES:
+        raise NetworkError(f"'{address}' is no address to dial.", fix=f"A path has 1 to {PATH_BYTES} bytes.")
+    return UnixDialer(address)
 
 
 def listen(address: str) -> UnixListener:
@@ -361,13 +441,13 @@ def listen(address: str) -> UnixListener:
     keep_freed_memory(PAYLOAD_BYTES)
     path, listening = _path(address), _new()
     try:
-        if _is_live(path):
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        if _inode(path) is not None:
-            os.unlink(path)
-        listening.bind(path)
-        listening.listen(BACKLOG)
-        listening.setblocking(False)
+        if not 0 < len(path) <= PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, f"a path has 1 to {PATH_BYTES} bytes")
+        with _alone_at(path):
+            if _is_dead(path):
+                os.unlink(path)
+            listening.bind(path)
+            listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         raise _cannot_listen(address, error) from None
@@ -383,7 +463,7 @@ def _cannot_listen(address: str, error: OSError) -> NetworkError:
 
 
 def _new() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
 
 def _path(address: str) -> bytes:
@@ -400,6 +480,38 @@ def _inode(path: bytes) -> int | None:
     return None
 
 
-def _is_live(path: bytes) -> bool:
+@contextlib.contextmanager
+def _alone_at(path: bytes) -> Iterator[None]:
+    """No other server comes by a path in this folder inside the block; raises OSError."""
+    if path.startswith(b"\0"):  # the system sees to it
+        yield
+        return
+    folder = os.open(os.path.dirname(path) or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + STARTING_S
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise OSError(errno.EBUSY, "another program holds its folder") from None
+                time.sleep(0.001)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _is_dead(path: bytes) -> bool:
+    """Whether a socket lies there that nobody has any more; raises OSError where anything else does."""
+    if path.startswith(b"\0") or not os.path.lexists(path):
+        return False
+    if _inode(path) is None:
+        raise OSError(errno.EEXIST, "there is something that is no socket")
     with _new() as probe:
-        return probe.connect_ex(path) == 0
+        found = probe.connect_ex(path)
+    if found in (errno.EACCES, errno.EPERM):
+        raise OSError(found, os.strerror(found))
+    if found != errno.ECONNREFUSED:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    return True

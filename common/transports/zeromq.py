@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import socket as sockets
@@ -173,6 +174,8 @@ class ZeroMQEndpoint:
             self._sweep()
         done, self._released = self._released, []
         return done
+
+    patience_s = math.inf
 
     @property
     def holding(self) -> bool:

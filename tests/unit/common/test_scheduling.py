@@ -37,35 +37,50 @@ def on_a_thread(work: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def test_a_thread_waits_its_turn_until_it_is_as_it_was() -> None:
+def test_a_thread_waits_its_turn_until_the_last_who_wanted_it_ends() -> None:
     def work() -> list[int]:
-        os.sched_setscheduler(0, USUAL, os.sched_param(0))
-        before = scheduling.take(BATCH)
-        between = os.sched_getscheduler(0)
-        scheduling.take(before)
-        return [before, between, os.sched_getscheduler(0)]
+        scheduling.be_usual()
+        seen = []
+        for step in (scheduling.wait_turn, scheduling.wait_turn, scheduling.end, scheduling.end):
+            step()
+            seen.append(os.sched_getscheduler(0))
+        return seen
 
-    assert on_a_thread(work) == [USUAL, BATCH, USUAL]
+    assert on_a_thread(work) == [BATCH, BATCH, BATCH, USUAL]
 
 
 def test_a_special_thread_stays_what_it_is() -> None:
     def work() -> list[int]:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        scheduling.take(scheduling.take(BATCH))
-        return [scheduling.is_free(), os.sched_getscheduler(0)]
+        seen = [int(scheduling.is_free())]
+        for step in (scheduling.wait_turn, scheduling.end, scheduling.be_usual):
+            step()
+            seen.append(os.sched_getscheduler(0))
+        return seen
 
-    assert on_a_thread(work) == [False, os.SCHED_IDLE]
+    assert on_a_thread(work) == [0, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_IDLE]
+
+
+def test_a_thread_is_not_what_the_one_that_started_it_is() -> None:
+    def work() -> int:
+        scheduling.wait_turn()
+        return int(on_a_thread(lambda: (scheduling.be_usual(), os.sched_getscheduler(0))[1]))
+
+    assert on_a_thread(work) == USUAL
 
 
 def test_where_the_system_refuses_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    before = os.sched_getscheduler(0)
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    assert not scheduling.is_free()
-    scheduling.take(scheduling.take(BATCH))
-    assert os.sched_getscheduler(0) == before
+    def work() -> bool:
+        before = os.sched_getscheduler(0)
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+        for step in (scheduling.wait_turn, scheduling.end, scheduling.be_usual):
+            step()
+        return not scheduling.is_free() and os.sched_getscheduler(0) == before
+
+    assert on_a_thread(work)
 
 
 def test_threads_of_zeromq_wait_their_turn() -> None:

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from common import transports
 from common.errors import NetworkError
+from common.transports import unix
 from common.transports.base import SERVER
 from common.transports.sharing import SharingEndpoint
-from common.transports.unix import DEAF_S, MAGIC, QUEUED_MESSAGES, UnixListener
+from common.transports.unix import (
+    DEAF_S,
+    FIRST_MESSAGE_S,
+    MAGIC,
+    NAME,
+    QUEUED_MESSAGES,
+    STALLED_S,
+    UnixListener,
+)
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 from tests.processes import until
 
+PIPE = """
+import signal, sys
+from common import transports
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+listener, dialer = transports.listen([sys.argv[1]]), transports.dial(sys.argv[1])
+dialer.send(b"", [b"x"])
+while listener.receive() is None:
+    pass
+listener.close()
+dialer.send(b"", [b"x"])
+dialer.close()
+"""
+CLAIM = """
+import sys
+from common import transports
+from common.errors import NetworkError
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    listener = transports.listen([sys.argv[1]])
+except NetworkError:
+    print("refused", flush=True)
+else:
+    print("has it", flush=True)
+    sys.stdin.readline()
+"""
 START = struct.Struct("<III")
 PATIENCE_S = 10.0
 
@@ -219,16 +260,45 @@ def test_what_lies_at_a_path_and_is_no_socket_stays(path: Path, make: Callable[[
     assert path.exists()
 
 
-@pytest.mark.parametrize("name", ["x" * 200, "none/such/folder"])
-def test_a_path_that_cannot_be_is_said_so(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("address", ["ipc:///" + "x" * 200, "ipc://"])
+def test_what_can_be_no_path_is_said_so_both_ways(address: str) -> None:
+    for open_ in (transports.dial, lambda one: transports.listen([one])):
+        with pytest.raises(NetworkError, match="path|dial") as caught:
+            open_(address)
+        assert caught.value.fix
+
+
+def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="Cannot listen") as caught:
-        transports.listen([f"ipc://{tmp_path}/{name}"])
+        transports.listen([f"ipc://{tmp_path}/none/server"])
     assert caught.value.fix
-    nobody = transports.dial(f"ipc://{tmp_path}/{name}")
-    assert "nobody" in nobody.send(SERVER, [b"hello"])
-    assert nobody.receive() is None
-    assert not nobody.lost()
-    nobody.close()
+
+
+def test_who_calls_before_anybody_listens_is_heard_soon_after(path: Path) -> None:
+    dialer = transports.dial(f"ipc://{path}")
+    for number in range(3):
+        assert dialer.send(SERVER, [b"%d" % number]) == ""
+    started = time.monotonic()
+    assert not dialer.wait(PATIENCE_S, also=-1)
+    assert time.monotonic() - started < PATIENCE_S / 2, "it is to be asked now and then"
+    assert dialer.receive() is None
+    assert not dialer.lost()
+    while not (refusal := dialer.send(SERVER, [b"more"])):
+        pass
+    assert "nobody" in refusal
+    listener = transports.listen([f"ipc://{path}"])
+    found: list[bytes] = []
+
+    def all_came() -> bool:
+        assert dialer.receive() is None
+        if (message := listener.receive()) is not None:
+            found.append(bytes(message[1][0]))
+        return len(found) == QUEUED_MESSAGES
+
+    until(all_came, "what was said before", PATIENCE_S)
+    assert found == [b"0", b"1", b"2"] + [b"more"] * (QUEUED_MESSAGES - 3)
+    dialer.close()
+    listener.close()
 
 
 def test_where_no_descriptor_is_left_callers_wait_and_are_taken_later(listener: SharingEndpoint, path: Path) -> None:
@@ -243,8 +313,10 @@ def test_where_no_descriptor_is_left_callers_wait_and_are_taken_later(listener: 
             assert not readable(listener), "it does not spin"
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert DEAF_S < PATIENCE_S
+        assert listener.holding, "so that it is asked again without being woken"
+        time.sleep(DEAF_S)
         assert received(listener)[1] == [b"patient"]
+        assert not listener.holding
 
 
 def test_paths_and_ports_are_one_listener(tmp_path: Path) -> None:
@@ -270,7 +342,125 @@ def test_paths_and_ports_are_one_listener(tmp_path: Path) -> None:
         assert received(dialer)[1] == [b"down", bytes(100_000)]
     released: list[int] = []
     until(lambda: released.extend(listener.released()) or len(released) == 3, "every hold", PATIENCE_S)
-    assert "gone" in listener.send(b"unix 0", [b"x"])
+    assert "gone" in listener.send(NAME + b"0", [b"x"])
     assert "gone" in listener.send(b"\0nobody", [b"x"])
     for end in (*dialers, listener):
         end.close()
+
+
+def test_a_live_socket_of_another_type_is_left_alone(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        inode = path.stat().st_ino
+        with pytest.raises(NetworkError):
+            transports.listen([f"ipc://{path}"])
+        assert path.stat().st_ino == inode
+
+
+def test_a_live_listener_that_takes_nobody_holds_up_no_other(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stopped, contextlib.ExitStack() as callers:
+        stopped.bind(str(path))
+        stopped.listen(1)
+        for _ in range(5):
+            one = callers.enter_context(socket.socket(socket.AF_UNIX))
+            one.setblocking(False)
+            one.connect_ex(str(path))
+        started = time.monotonic()
+        with pytest.raises(NetworkError, match="already"):
+            transports.listen([f"ipc://{path}"])
+        assert time.monotonic() - started < PATIENCE_S / 2
+
+
+def test_of_those_who_come_by_a_path_at_once_one_has_it(path: Path) -> None:
+    for _ in range(5):
+        with socket.socket(socket.AF_UNIX) as dead:
+            path.unlink(missing_ok=True)
+            dead.bind(str(path))
+        starting = [
+            subprocess.Popen(
+                [sys.executable, "-c", CLAIM, f"ipc://{path}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            for _ in range(4)
+        ]
+        for one in starting:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"ready\n"
+        for one in starting:
+            assert one.stdin is not None
+            one.stdin.write(b"now\n")
+            one.stdin.flush()
+        told = [one.stdout.readline() for one in starting if one.stdout is not None]
+        for one in starting:
+            one.communicate(timeout=PATIENCE_S)
+        assert sorted(told) == [b"has it\n"] + [b"refused\n"] * 3
+
+
+def test_nobody_takes_a_name_of_the_other_transport(tmp_path: Path) -> None:
+    with zmq.Context.instance().socket(zmq.DEALER) as forger, pytest.raises(zmq.ZMQError):
+        forger.routing_id = NAME + b"1"
+
+
+def test_what_came_before_a_loss_is_received_before_it_is_told(listener: SharingEndpoint) -> None:
+    dialer = transports.dial(listener.address)
+    assert dialer.send(SERVER, [b"x"]) == ""
+    peer, _ = received(listener)
+    assert listener.send(peer, [b"reply"]) == listener.send(peer, [b"goodbye"]) == ""
+    listener.close()
+    assert "gone" in dialer.send(SERVER, [b"y"])
+    found: list[bytes] = []
+    lost = False
+    while not lost:
+        if (one := dialer.receive()) is not None:
+            found.append(bytes(one[1][0]))
+        lost = dialer.lost()
+    dialer.close()
+    assert found == [b"reply", b"goodbye"]
+
+
+def test_a_peer_that_is_gone_does_not_end_a_process_that_handles_no_such_signal(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PIPE, f"ipc://{path}"], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_a_process_that_has_forked_is_not_kept_awake_by_what_it_closed(listener: SharingEndpoint, path: Path) -> None:
+    with caller(path) as stranger:
+        stranger.sendall(b"x")
+        until(lambda: listener.receive() or listener._sockets._streams, "a connection")  # type: ignore[attr-defined]
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            stranger.sendall(b"no message, as long as a start")
+            until(lambda: listener.receive() or not listener._sockets._streams, "its end")  # type: ignore[attr-defined]
+            assert not readable(listener)
+            assert stranger.recv(1) == b"", "it is over for the other side, too"
+        except ConnectionResetError:
+            pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def test_who_says_nothing_or_reads_nothing_is_given_up(
+    listener: SharingEndpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialer = transports.dial(listener.address)
+    assert dialer.send(SERVER, [b"hello"]) == ""
+    peer, _ = received(listener)
+    with caller(path) as mute:
+        until(lambda: listener.receive() or len(listener._sockets._streams) == 2, "both")  # type: ignore[attr-defined]
+        held = 0
+        while not listener.send(peer, [b"h", bytes(1 << 18)], hold=7):
+            held += 1
+        assert len(listener.released()) < held
+        now = time.monotonic()
+        monkeypatch.setattr(unix.time, "monotonic", lambda: now + FIRST_MESSAGE_S + 1)
+        assert listener.receive() is None
+        assert mute.recv(1) == b""
+        assert listener.send(peer, [b"h"]) == "the peer does not read"
+        monkeypatch.setattr(unix.time, "monotonic", lambda: now + STALLED_S + FIRST_MESSAGE_S)
+        assert set(listener.released()) == {7}
+        assert not listener.holding
+        assert listener.send(peer, [b"h"]) == "the peer is gone"
+    dialer.close()

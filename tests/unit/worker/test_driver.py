@@ -311,7 +311,8 @@ def test_a_trainer_waits_its_turn_while_it_is_connected_and_its_carrier_never() 
     worker = Worker(server.end.address)
     carrier = worker.driver._thread.native_id
     assert carrier is not None
-    assert (os.sched_getscheduler(0), os.sched_getscheduler(carrier)) == (scheduling.BATCH, before)
+    assert os.sched_getscheduler(0) == scheduling.BATCH
+    until(lambda: os.sched_getscheduler(carrier) == scheduling.USUAL, "the carrier's kind", PATIENCE_S)
     worker.driver.post(events.Leave("done"))
     worker.driver.close(PATIENCE_S)
     assert os.sched_getscheduler(0) == before
