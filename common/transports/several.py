@@ -1,6 +1,7 @@
 """One listener made of several: each address has a transport of its own, and whoever serves them sees one.
 
-Names tell which transport a peer came by; with ZeroMQ a peer may choose its own, and nobody hears one that chose another's.
+Names tell which transport a peer came by. With ZeroMQ a peer may choose its own, and one that chose another transport's
+is not heard.
 """
 
 from __future__ import annotations
