@@ -42,19 +42,23 @@ def trained_together(
     parts: list[Batches],
     *,
     prepare: Callable[[int, torch.nn.Module], None] = lambda index, model: None,
+    in_step: bool = False,
 ) -> tuple[list[torch.nn.Module], torch.nn.Module]:
     """The workers' models after their data, and the center once all have left nothing unpushed."""
     models = [network() for _ in parts]
     center: list[torch.nn.Module] = []
     failures: list[BaseException] = []
-    together, done = threading.Barrier(len(parts)), threading.Barrier(len(parts))
+    together, stepped, done = (threading.Barrier(len(parts)) for _ in range(3))
 
     def work(index: int, session: Session, optimizer: torch.optim.Optimizer) -> None:
         try:
             with session:
                 prepare(index, models[index])
                 together.wait(60)
-                train(models[index], optimizer, parts[index], session)
+                for batch in parts[index]:
+                    train(models[index], optimizer, [batch], session)
+                    if in_step:
+                        stepped.wait(60)
                 if not session.settings["schedules"]:
                     session.flush()
                     done.wait(60)
@@ -62,8 +66,8 @@ def trained_together(
                     center.append(session.global_model())
         except BaseException as error:
             failures.append(error)
-            together.abort()
-            done.abort()
+            for barrier in (together, stepped, done):
+                barrier.abort()
 
     with cleaned_up() as processes:
         server = Server(folder, *flags)
@@ -140,7 +144,7 @@ def test_an_elastic_exchange_moves_worker_and_center_by_the_same(tmp_path: Path,
     flags = ("--rule=easgd", "--workers=2", f"--codec={codec}", f"--reply-codec={codec}")
     parts = halves(batches(STEPS), 2)
     models, center = trained_together(
-        tmp_path, flags, lambda model: torch.optim.SGD(model.parameters(), lr=0.0), parts, prepare=apart
+        tmp_path, flags, lambda model: torch.optim.SGD(model.parameters(), lr=0.0), parts, prepare=apart, in_step=True
     )
     before, after = (torch.stack([vector(model) for model in three]) for three in (starts, [*models, center]))
     # the evaluated center itself travels in the reply codec
