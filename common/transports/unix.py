@@ -299,13 +299,13 @@ class UnixListener(_End):
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 caller, _ = self._socket.accept()
+                stream = _Stream(NAME + b"%d" % next(_numbers), caller, self._watched)
             except (BlockingIOError, ConnectionError):
                 return
             except OSError:
                 self._watched.unregister(self._socket.fileno())
                 self._deaf_until = time.monotonic() + DEAF_S
                 return
-            stream = _Stream(NAME + b"%d" % next(_numbers), caller, self._watched)
             self._streams[stream.name] = self._by_descriptor[stream.fileno()] = stream
             self._mute.append(stream)
 
@@ -330,7 +330,8 @@ class UnixListener(_End):
 
     @property
     def holding(self) -> bool:
-        return bool(self._released or self._sending or self._deaf_until)
+        held = any(hold for stream in self._sending for _, hold in stream.queued)
+        return bool(self._released or self._deaf_until) or held
 
     def lost(self) -> bool:
         return False
