@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from common.transports import unix, zeromq
 from common.transports.base import Sockets
+from common.transports.paths import SCHEME
 from common.transports.several import Several
 from common.transports.sharing import SharingEndpoint
 
@@ -35,4 +36,4 @@ def dial(address: str) -> SharingEndpoint:
 
 
 def _is_path(address: str) -> bool:
-    return address.startswith(unix.SCHEME)
+    return address.startswith(SCHEME)

@@ -25,15 +25,8 @@ from common.errors import NetworkError
 from common.transports import unix
 from common.transports.base import SERVER
 from common.transports.sharing import SharingEndpoint
-from common.transports.unix import (
-    DEAF_S,
-    FIRST_MESSAGE_S,
-    MAGIC,
-    NAME,
-    QUEUED_MESSAGES,
-    STALLED_S,
-    UnixListener,
-)
+from common.transports.streams import MAGIC, QUEUED_MESSAGES
+from common.transports.unix import DEAF_S, FIRST_MESSAGE_S, NAME, STALLED_S, UnixListener
 from common.wire import HEADER_BYTES, PAYLOAD_BYTES
 from tests.processes import until
 
