@@ -1,11 +1,16 @@
-"""What the SDK adds to a training step: ResNet-20 on synthetic images, in a plain loop and with `session.step`.
+"""What the SDK adds to a training step: ResNet-20 on synthetic images, with `session.step` and without it.
 
-    batch, zero_grad, loss, backward, optimizer step [, session.step], so many times                       (a round)
+    batch, zero_grad, loss, backward, optimizer step [, session.step], so many times
+
+One process trains with and without in turns, the same model: where the tensors of a process happen to lie makes its
+steps 4 % faster or slower than those of the next one, which is more than what is measured. An exchange is under way
+when the steps with the SDK begin, as in a run, and everything is settled before the steps without it.
 
 One worker, so that nothing but its own exchanges can cost it anything; its server is a process of its own. By default
 torch has one thread: the server then has a core, as it has where it runs on another machine. `over plain` is the
-median, over the rounds, of a round against the plain one of the same turn, minus one, in percent; `over plain cpu` the
-same of the CPU time of the training process with all its threads. `stalled` is what `session.step` waited.
+median, over the rounds, of the steps with the SDK against those without it of the same round, minus one, in percent,
+and its `quartiles` how far half of the rounds lie apart; `over plain cpu` the same of the CPU time of the training
+process with all its threads. `stalled` is what `session.step` waited.
 
 Checked: every step was pushed, and the center that one worker alone trained is that worker's model.
 """
@@ -15,9 +20,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -26,19 +30,18 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import harness, players
-from benchmarks.harness import Benchmark, BenchmarkError, Case, Competitor, Link, child
+from benchmarks.harness import Benchmark, BenchmarkError, Case, Competitor, Link, Result, Row, child
 from benchmarks.players import Way
 from worker import Session, join
 from worker.tasks import cifar10, labelled
 
 WARMUP = 1
 BATCHES = 4
-PLAIN = "plain loop"
 TOLERANCE = 1e-4
 """Of the largest parameter: sums in another order, exchange after exchange."""
 STEP_LIMIT_S = 20.0
 
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Of a round; a multiple of --local-steps.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="With, and without; a multiple of --local-steps.")]
 LocalSteps = Annotated[int, typer.Option("--local-steps", min=2, help="H of the hidden exchanges.")]
 BatchSamples = Annotated[int, typer.Option("--batch", min=2, help="Images in a batch.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch, in the training process.")]
@@ -53,24 +56,28 @@ class Training(NamedTuple):
     threads: int
 
 
-@dataclass
-class Seen:
-    """Of each round: seconds, seconds of CPU, seconds that were waited for the server."""
+class Spent(NamedTuple):
+    """On the steps of a round: seconds, seconds of CPU, seconds that were waited for the server."""
 
-    rounds: list[tuple[float, float, float]] = field(default_factory=list)
+    seconds: float
+    cpu_s: float
+    stalled_s: float
 
-    def column(self, index: int) -> list[float]:
-        """One of the three, of the measured rounds."""
-        return [one[index] for one in self.rounds[WARMUP:]]
+
+class Round(NamedTuple):
+    """The same number of steps without the SDK and with it."""
+
+    plain: Spent
+    ours: Spent
 
 
 def run(
-    steps: Steps = 16,
+    steps: Steps = 8,
     local_steps: LocalSteps = 8,
     batch: BatchSamples = cifar10.BATCH_SAMPLES,
     threads: Threads = 1,
     way: WayName = "",
-    rounds: harness.Rounds = 9,
+    rounds: harness.Rounds = 15,
     json_file: harness.JsonFile = None,
 ) -> None:
     """Measure, print, write."""
@@ -80,122 +87,117 @@ def run(
         raise BenchmarkError(f"There is no way '{way}' to reach a server here.")
     if steps % local_steps:
         raise BenchmarkError(f"{steps} steps of a round hold no whole number of exchanges after {local_steps}.")
-    size = 4 * sum(parameter.numel() for parameter in cifar10.Network().parameters())
     training = Training(steps, batch, threads)
-    seen: dict[str, Seen] = {}
-    cases = [_case(PLAIN, size, seen, partial(_plain, training))]
-    for settings in ({"local_steps": 1}, {"local_steps": local_steps, "overlap": True}):
-        name = f"SDK, H = {settings['local_steps']}{', overlap' * (len(settings) - 1)}, {chosen[0].name}"
-        cases.append(_case(name, size, seen, partial(_with_sdk, chosen[0], settings, training)))
-    results = harness.measure(cases, rounds, warmup=WARMUP)
-    rows = harness.rows(BENCHMARK.name, results)
-    for row in rows:
-        row["also"] = figures(seen[row["case"]], seen[PLAIN], steps)
+    seen: dict[str, list[Round]] = {}
+    cases = [
+        _case(name, seen, partial(_with_sdk, chosen[0], settings, training))
+        for name, settings in {
+            f"SDK, {chosen[0].name} (H = 1)": {"local_steps": 1},
+            f"SDK, {chosen[0].name} (H = {local_steps}, overlap)": {"local_steps": local_steps, "overlap": True},
+        }.items()
+    ]
+    results: list[Result] = []
+    rows: list[Row] = []
+    for result in harness.measure(cases, rounds, warmup=WARMUP):
+        measured = seen[result.case.name][WARMUP:]
+        pair = [_plain(result.case, measured), result]
+        results += pair
+        plain_row, row = harness.rows(BENCHMARK.name, pair)
+        plain_row["also"] = figures([Round(plain, plain) for plain, _ in measured], steps)
+        row["also"] = figures(measured, steps)
+        rows += plain_row, row
     about = {"steps": steps, "batch": batch, "threads": threads, "rounds": rounds}
     harness.report(BENCHMARK.name, results, about, json_file, rows)
 
 
-def figures(seen: Seen, plain: Seen, steps: int) -> dict[str, float]:
-    """What a step takes, and how much more than that of the plain loop in the same turn."""
-    wall, cpu = (over(seen.column(index), plain.column(index)) for index in (0, 1))
+def figures(measured: Sequence[Round], steps: int) -> dict[str, float]:
+    """What a step takes with the SDK, and how much more than without it in the same round."""
+    over = [100 * (ours.seconds / plain.seconds - 1) for plain, ours in measured]
+    low, _, high = quantiles(over, n=4, method="inclusive") if len(over) > 1 else 3 * over
     return {
-        "step_ms": 1e3 * median(seen.column(0)) / steps,
-        "cpu_ms": 1e3 * median(seen.column(1)) / steps,
-        "stalled_ms": 1e3 * median(seen.column(2)) / steps,
-        "over_plain_percent": wall,
-        "over_plain_cpu_percent": cpu,
+        "step_ms": 1e3 * median(ours.seconds for _, ours in measured) / steps,
+        "stalled_ms": 1e3 * median(ours.stalled_s for _, ours in measured) / steps,
+        "over_plain_percent": median(over),
+        "quartiles_percent": high - low,
+        "over_plain_cpu_percent": 100 * (median(ours.cpu_s / plain.cpu_s for plain, ours in measured) - 1),
     }
-
-
-def over(ours: Sequence[float], plain: Sequence[float]) -> float:
-    """By how many percent a round took longer, by the median of the turns."""
-    return 100 * (median(one / other for one, other in zip(ours, plain, strict=True)) - 1)
 
 
 # Competitors
 
 
-def _case(name: str, size: int, seen: dict[str, Seen], open_with: Callable[[Seen], Any]) -> Case:
-    seen[name] = Seen()
-    return Case(name, size, size, name == PLAIN, partial(open_with, seen[name]))
+def _case(name: str, seen: dict[str, list[Round]], open_with: Callable[[list[Round]], Any]) -> Case:
+    size = 4 * sum(parameter.numel() for parameter in cifar10.Network().parameters())
+    seen[name] = []
+    return Case(name, size, size, False, partial(open_with, seen[name]))
+
+
+def _plain(case: Case, measured: Sequence[Round]) -> Result:
+    """The steps without the SDK, as a peer of those with it."""
+    name = f"plain loop ({case.name.partition(' (')[2]}"
+    return Result(case._replace(name=name, peer=True), tuple(plain.seconds for plain, _ in measured))
 
 
 @contextmanager
-def _plain(training: Training, seen: Seen) -> Iterator[Competitor]:
-    with child(PLAIN, _train_alone, training) as trainer:
-        yield _competitor(trainer, seen, training, (trainer,), lambda: None)
-
-
-@contextmanager
-def _with_sdk(way: Way, settings: Mapping[str, Any], training: Training, seen: Seen) -> Iterator[Competitor]:
+def _with_sdk(way: Way, settings: Mapping[str, Any], training: Training, seen: list[Round]) -> Iterator[Competitor]:
     with players.served(way, settings) as server, child("trainer", _train, training) as trainer:
 
-        def first() -> None:
+        def ready() -> None:
             trainer.tell(server.ready())
+            trainer.hear(harness.START_LIMIT_S)
 
-        yield server.checked(_competitor(trainer, seen, training, (server.process, trainer), first))
+        def one_round() -> float:
+            seen.append(trainer.ask("round", STEP_LIMIT_S * 3 * training.steps))
+            return seen[-1].ours.seconds
 
+        def verify() -> None:
+            trainer.ask("verify", harness.ROUND_LIMIT_S)
 
-def _competitor(
-    trainer: harness.Child,
-    seen: Seen,
-    training: Training,
-    processes: tuple[harness.Child, ...],
-    first: Callable[[], None],
-) -> Competitor:
-    def ready() -> None:
-        first()
-        trainer.hear(harness.START_LIMIT_S)
-
-    def one_round() -> float:
-        seen.rounds.append(trainer.ask("round", STEP_LIMIT_S * training.steps))
-        return seen.rounds[-1][0]
-
-    return Competitor(ready, one_round, lambda: trainer.ask("verify", harness.ROUND_LIMIT_S), processes)
+        yield server.checked(Competitor(ready, one_round, verify, (server.process, trainer)))
 
 
 class Loop:
-    """A user's own loop. `done` is called after each step with its loss."""
+    """A user's own loop, with a session that is told of a step, or is not."""
 
     def __init__(self, training: Training) -> None:
         torch.set_num_threads(training.threads)
         torch.manual_seed(0)
-        self._training = training
         self.model = cifar10.Network()
         self.optimizer = torch.optim.SGD(self.model.parameters(), cifar10.LR)
         shape = (BATCHES, training.batch, 3, cifar10.SIDE, cifar10.SIDE)
         self._x = torch.randint(0, 256, shape, dtype=torch.uint8)
         self._y = torch.randint(0, cifar10.CLASSES, shape[:2])
-        self.steps = 0
-        self.loss = torch.zeros(())
+        self._batch = training.batch
+        self.done = 0
+        self.told = 0
+        """Of them, those that the session knows of."""
 
-    def answer(self, link: Link, step: Callable[[torch.Tensor], None], stalled: Callable[[], float]) -> Iterator[None]:
-        """Answer rounds; goes on where the benchmark wants to see that all is right."""
-        link.answer("ready")
-        for request in link.requests():
-            if request == "verify":
-                yield
-                link.answer("right")
-                continue
-            started, used, waited = time.perf_counter(), time.process_time(), stalled()
-            for _ in range(self._training.steps):
-                self._step(step)
-            link.answer((time.perf_counter() - started, time.process_time() - used, stalled() - waited))
+    def plain(self, steps: int) -> Spent:
+        """So many steps, alone."""
+        started, used = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self._step()
+        return Spent(time.perf_counter() - started, time.process_time() - used, 0.0)
 
-    def _step(self, done: Callable[[torch.Tensor], None]) -> None:
-        x, y = self._x[self.steps % BATCHES], self._y[self.steps % BATCHES]
+    def ours(self, session: Session, steps: int) -> Spent:
+        """So many steps with the SDK."""
+        started, used, waited = time.perf_counter(), time.process_time(), session.exchanges.stalled_s
+        for _ in range(steps):
+            session.step(self._step(), self._batch)
+        self.told += steps
+        stalled_s = session.exchanges.stalled_s - waited
+        return Spent(time.perf_counter() - started, time.process_time() - used, stalled_s)
+
+    def _step(self) -> torch.Tensor:
+        x, y = self._x[self.done % BATCHES], self._y[self.done % BATCHES]
         self.optimizer.zero_grad()
-        self.loss = labelled.loss(self.model, (x, y))
-        self.loss.backward()
+        loss = labelled.loss(self.model, (x, y))
+        if not torch.isfinite(loss):
+            raise BenchmarkError(f"The loss is {loss} after {self.done} steps.")
+        loss.backward()
         self.optimizer.step()
-        self.steps += 1
-        done(self.loss)
-
-
-def _train_alone(link: Link, training: Training) -> None:
-    loop = Loop(training)
-    for _ in loop.answer(link, lambda loss: None, lambda: 0.0):
-        _check_loss(loop)
+        self.done += 1
+        return loss
 
 
 def _train(link: Link, training: Training) -> None:
@@ -204,29 +206,37 @@ def _train(link: Link, training: Training) -> None:
         return
     loop = Loop(training)
     with join(address, loop.model, loop.optimizer, name="trainer") as session:
+        link.answer("ready")
+        for turn, request in enumerate(link.requests()):
+            if request == "verify":
+                _check(loop, session)
+                link.answer("right")
+            else:
+                link.answer(_round(loop, session, training.steps, plain_first=turn % 2 == 0))
 
-        def step(loss: torch.Tensor) -> None:
-            session.step(loss, training.batch)
 
-        for _ in loop.answer(link, step, lambda: session.exchanges.stalled_s):
-            _check_loss(loop)
-            _check(loop, session)
+def _round(loop: Loop, session: Session, steps: int, *, plain_first: bool) -> Round:
+    plain = loop.plain(steps) if plain_first else None
+    loop.ours(session, int(session.settings["local_steps"]))  # from here on an exchange is under way
+    ours = loop.ours(session, steps)
+    _settle(session)
+    return Round(plain or loop.plain(steps), ours)
 
 
-def _check_loss(loop: Loop) -> None:
-    if not torch.isfinite(loop.loss):
-        raise BenchmarkError(f"The loss is {loop.loss} after {loop.steps} steps.")
+def _settle(session: Session) -> None:
+    if not session.flush():
+        raise BenchmarkError("The last push was not settled.")
 
 
 def _check(loop: Loop, session: Session) -> None:
     """Raise BenchmarkError unless all steps were pushed, and the center is the model that was trained."""
-    if not session.flush():
-        raise BenchmarkError("The last push was not settled.")
+    loop.ours(session, int(session.settings["local_steps"]))  # the last steps may have been plain ones
+    _settle(session)
     exchanges, local_steps = session.exchanges, int(session.settings["local_steps"])
-    if exchanges.rejected or exchanges.pushed * local_steps != loop.steps:
+    if exchanges.rejected or exchanges.pushed * local_steps != loop.told:
         raise BenchmarkError(
             f"{exchanges.pushed} pushes of {local_steps} steps, and {exchanges.rejected} rejected, "
-            f"are not the {loop.steps} steps that were made."
+            f"are not the {loop.told} steps that were made."
         )
     wrong = farthest(loop.model, session.global_model())
     if not wrong <= TOLERANCE:

@@ -1,4 +1,4 @@
-"""Overhead is of turns, not of runs; the center is the model that was trained; and one small real run."""
+"""Overhead is of rounds, not of runs; the center is the model that was trained; and one small real run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from torch import nn
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
-from benchmarks.overhead import Seen
+from benchmarks.overhead import Round, Spent
 
 
-def test_a_round_is_compared_with_the_plain_one_of_the_same_turn() -> None:
-    assert overhead.over([2.04, 1.02, 5.0], [2.0, 1.0, 1.0]) == pytest.approx(2.0)
-
-
-def test_figures_are_of_a_step_and_leave_out_the_warm_up() -> None:
-    plain = Seen([(9.0, 9.0, 0.0), (1.0, 0.8, 0.0), (1.0, 0.8, 0.0)])
-    ours = Seen([(7.0, 7.0, 7.0), (1.1, 0.8, 0.02), (1.1, 1.0, 0.04)])
-    assert overhead.figures(ours, plain, 10) == pytest.approx(
-        {"step_ms": 110, "cpu_ms": 90, "stalled_ms": 3, "over_plain_percent": 10, "over_plain_cpu_percent": 12.5}
+def test_figures_are_of_a_step_against_those_of_the_same_round() -> None:
+    measured = [
+        Round(Spent(1.0, 0.8, 0.0), Spent(1.1, 0.8, 0.02)),
+        Round(Spent(5.0, 4.0, 0.0), Spent(5.1, 4.1, 0.04)),
+        Round(Spent(1.0, 0.8, 0.0), Spent(1.3, 1.0, 0.03)),
+    ]
+    assert overhead.figures(measured, 10) == pytest.approx(
+        {
+            "step_ms": 130,
+            "stalled_ms": 3,
+            "over_plain_percent": 10,
+            "quartiles_percent": 14,
+            "over_plain_cpu_percent": 2.5,
+        }
     )
 
 
@@ -50,10 +55,14 @@ def test_a_few_steps_with_and_without_come_to_the_trained_model(tmp_path: Path) 
         main(["overhead", "--steps", "4", "--local-steps", "2", "--batch", "4", "--rounds", "2", "--json", str(file)])
     assert end.value.code == 0
     rows = json.loads(file.read_text())["rows"]
-    assert [row["case"].rpartition(", ")[0] or row["case"] for row in rows] == [
-        "plain loop",
-        "SDK, H = 1",
-        "SDK, H = 2, overlap",
+    cases = [(row["case"].partition(",")[0], row["case"].partition(" (")[2]) for row in rows]
+    assert cases == [
+        ("plain loop (H = 1)", "H = 1)"),
+        ("SDK", "H = 1)"),
+        ("plain loop (H = 2", "H = 2, overlap)"),
+        ("SDK", "H = 2, overlap)"),
     ]
-    assert rows[0]["also"]["over_plain_percent"] == 0
+    for plain, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert list(ours["ratios"]) == [plain["case"]]
+        assert ours["also"]["step_ms"] > 0
     assert multiprocessing.active_children() == []
