@@ -25,6 +25,7 @@ def test_figures_are_of_a_step_against_those_of_the_same_round() -> None:
         {
             "step_ms": 130,
             "stalled_ms": 3,
+            "over_plain_ms": 10,
             "over_plain_percent": 10,
             "quartiles_percent": 14,
             "over_plain_cpu_percent": 2.5,
