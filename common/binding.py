@@ -67,6 +67,11 @@ class Binding:
             if tensor.kind != "local":
                 self._ranges.append((by_name[tensor.name], start, start + tensor.elements))
                 start += tensor.elements
+        self._tensors = [tensor for tensor, _, _ in self._ranges]
+        self._views: list[torch.Tensor] = []
+        """Of the tensors in one dimension, where all are contiguous; they keep the memory that they show."""
+        self._shown: list[int] = []
+        """The addresses that the views were made for."""
 
     @torch.no_grad()
     def gather(self, flat: Flat) -> None:
@@ -88,19 +93,31 @@ class Binding:
     def scatter(self, flat: Flat) -> None:
         """The model's tensors <- flat: (elements,)."""
         parts = self._parts(flat)
-        if all(tensor.is_contiguous() for tensor, _, _ in self._ranges):
+        if self._contiguous():
             torch._foreach_copy_(self._flattened(), parts)
         else:
-            for (tensor, _, _), part in zip(self._ranges, parts, strict=True):
+            for tensor, part in zip(self._tensors, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
     def _parts(self, flat: Flat) -> list[torch.Tensor]:
         """Views of a flat vector, one for each tensor."""
         return list(_tensor(flat).split([last - first for _, first, last in self._ranges]))
 
+    def _contiguous(self) -> bool:
+        return all(map(torch.Tensor.is_contiguous, self._tensors))
+
     def _flattened(self) -> list[torch.Tensor]:
-        """The tensors, each in one dimension: views of those that are contiguous."""
-        return [tensor.detach().reshape(-1) for tensor, _, _ in self._ranges]
+        """The tensors, each in one dimension: views where all are contiguous, else copies of those that are not.
+
+        To make views of a hundred tensors takes longer than to copy a small model, so they are kept. A tensor that
+        was given other memory has another address, since the views keep the one it had.
+        """
+        if not self._contiguous():
+            return [tensor.detach().reshape(-1) for tensor in self._tensors]
+        addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        if addresses != self._shown:
+            self._shown, self._views = addresses, [tensor.detach().view(-1) for tensor in self._tensors]
+        return self._views
 
 
 def _tensor(flat: Flat) -> torch.Tensor:

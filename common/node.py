@@ -99,8 +99,8 @@ class Say:
     sentence: str
 
 
-SMALL_ELEMENTS = 256 * 1024
-"""Up to this size a hop to another thread costs more than the kernel."""
+SMALL_ELEMENTS = 512 * 1024
+"""Up to this size it costs more than the kernels to have threads take turns at it (docs/log.md)."""
 
 
 class Node(Protocol):

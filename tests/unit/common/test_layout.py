@@ -134,6 +134,26 @@ def test_tensors_that_are_not_contiguous_are_bound_too() -> None:
     assert model.weight[3, 4].item() == flat[3 * 30 + 4] + 1
 
 
+@pytest.mark.parametrize(
+    "other",
+    [torch.randn(20, 30), torch.randn(30, 20).t(), torch.randn(20, 30, dtype=torch.float64), torch.randn(700)[100:]],
+    ids=["other memory", "transposed", "another type", "a part of more"],
+)
+def test_tensors_that_are_given_other_memory_are_followed(other: torch.Tensor) -> None:
+    model = nn.Linear(30, 20)
+    binding = Binding(model, layout_of(model))
+    flat = np.zeros(620, np.float32)
+    binding.gather(flat)
+    model.weight.data = other.view(20, 30)
+    binding.gather(flat)
+    assert torch.equal(torch.from_numpy(flat[:600]).view(20, 30), other.view(20, 30).float())
+    binding.scatter(flat + 1)
+    assert torch.equal(model.weight.data.float(), torch.from_numpy(flat[:600] + 1).view(20, 30))
+    model.weight.data = model.weight.data.t().contiguous().t()
+    binding.scatter(flat)
+    assert torch.equal(model.weight.data.float(), torch.from_numpy(flat[:600]).view(20, 30))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_travels_as_float32_without_a_further_loss(dtype: torch.dtype) -> None:
     model = nn.Linear(40, 40).to(dtype)
