@@ -34,6 +34,7 @@ from common.errors import CodecError
 from common.layout import Layout
 from common.messages import Version
 from common.rules.base import (
+    Accumulate,
     Apply,
     Arrays,
     Config,
@@ -192,6 +193,7 @@ class Shard:
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
         added = _only_added(self.rule, effects) if reply is None or source == CENTER else None
+        summed = self._only_summed(effects)
         plain = _NOWHERE if reply is None else down.in_place(out)
         if plain is not None and reply is not None:
             out[plain.nbytes : down.bytes] = 0
@@ -200,10 +202,15 @@ class Shard:
             finite = True
             made = scratch if exchange is None and replica is None else np.empty(scratch.size, np.float32)
             if added is not None and plain is not None:
-                first, finite = self._add_and_copy(up, first, last, update, added, plain)
+                first, finite = self._add_and_copy(up, first, last, update, added, plain, self.center)
             elif added is not None:
                 encode = partial(self._encode, down, out, source=CENTER, made=made, replica=replica, key=key)
                 first, finite = self._add_and_encode(up, first, last, update, added, encode)
+            elif summed is not None:
+                start, (total, weight) = first, summed
+                first, _ = self._add_and_copy(up, first, last, update, weight, _NOWHERE, total)
+                for index in range(start, first):
+                    finite &= source is None or self._encode(down, out, index, source, made, replica, key)
             for index in range(first, last):
                 block = up.blocks[index]
                 d = up.values(block, update, scratch)
@@ -259,15 +266,16 @@ class Shard:
         self.center, self._second = self._second, self.center
 
     def _add_and_copy(
-        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, copy: F32
+        self, up: Plan, first: int, last: int, update: U8, weight: np.float32, copy: F32, total: F32
     ) -> tuple[int, bool]:
-        """Add the leading blocks of [first, last) whose codec can, and copy <- center there, many blocks in one pass:
-        (the first block that is left, whether all is finite). copy: (elements,), or (0,) where nobody wants it."""
+        """total: (parameters or more,) += the leading blocks of [first, last) whose codec can add, and copy <- total
+        there, many blocks in one pass: (the first block that is left, whether all is finite). copy: (elements,), or
+        (0,) where nobody wants it."""
         finite, end = True, min(last, up.parameter_blocks)
         for start, stop in up.runs(first, end):
             if up.blocks[start].codec.add is None:
                 return start, finite
-            finite &= up.add(start, stop, update, self.center, weight, copy)
+            finite &= up.add(start, stop, update, total, weight, copy)
         return end, finite
 
     def _add_and_encode(
@@ -281,6 +289,15 @@ class Shard:
             finite &= up.add(index, index + 1, update, self.center, weight, _NOWHERE)
             finite &= encode(index=index)
         return end, finite
+
+    def _only_summed(self, effects: Sequence[Effect]) -> tuple[F32, np.float32] | None:
+        """The vector of the rule's state that the update is added to, and the weight, where that is all that is done
+        with it; else None."""
+        match effects:
+            case [Accumulate(weight=weight, args=args)] | [Accumulate(weight=weight, args=args), Reply(what="after")]:
+                total = self.rule.total(self.config, self.state, args)
+                return None if total is None else (total, np.float32(weight))
+        return None
 
     def close_work(self, effects: Sequence[Effect]) -> Work:
         """Run the kernels of `effects` where no update is pushed."""
@@ -364,14 +381,15 @@ class Shard:
         """The rule makes the reply; what the worker will decode of it is what the rule settles. made: (block,)."""
         assert self.rule.propose is not None
         assert self.rule.settle is not None
-        self.rule.propose(self.config, c, state, session, d, exchange.weight, exchange.args, made)
         block = down.blocks[index]
+        if block.codec.view is not None:  # made where it will lie
+            made = block.codec.view(out[block.offset : block.end])
+        self.rule.propose(self.config, c, state, session, d, exchange.weight, exchange.args, made)
         try:
             down.encode_block(block, made, out, key)
         except CodecError:
             return False
-        down.decode_block(block, out, made)
-        self.rule.settle(self.config, c, state, session, made)
+        self.rule.settle(self.config, c, state, session, down.values(block, out, made))
         return True
 
     def _encode(

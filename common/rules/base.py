@@ -152,7 +152,8 @@ class Apply(NamedTuple):
 
 
 class Accumulate(NamedTuple):
-    """Let `accumulate` fold the pushed update, scaled by `weight`, into the rule's state; the center stays."""
+    """Fold the pushed update, scaled by `weight`, into the rule's state: its `total`, or by `accumulate`. The center
+    stays."""
 
     weight: float
     reason: str
@@ -229,7 +230,8 @@ class Rule(NamedTuple):
         anchor(config, c, K)                        the worker of K is given the center as it is, to go on from
         given(config, c, K)                         the worker of K is given the center later than its push
         apply(config, c, S, K, d, weight, args, stats)     stats: (stats_width,) float64, this block's row
-        accumulate(config, c, S, K, d, weight, args)
+        total(config, S, args)                      the vector that `accumulate` adds weight d to, and no more; or None
+        accumulate(config, c, S, K, d, weight, args)       where it does something else
         close(config, c, S, args)
         propose(config, c, S, K, d, weight, args, out)     out: (n,) the reply
         settle(config, c, S, K, reply)                     reply: (n,) as the worker decodes it
@@ -294,6 +296,7 @@ class Rule(NamedTuple):
     anchor: Callable[[Any, Floats, Arrays], None] | None = None
     given: Callable[[Any, Floats, Arrays], None] | None = None
     apply: Callable[[Any, Floats, Arrays, Arrays, Floats, float, tuple[float, ...], Floats], None] | None = None
+    total: Callable[[Any, Arrays, tuple[float, ...]], Floats | None] = lambda config, state, args: None
     accumulate: Callable[[Any, Floats, Arrays, Arrays, Floats, float, tuple[float, ...]], None] | None = None
     close: Callable[[Any, Floats, Arrays, tuple[float, ...]], None] | None = None
     propose: Callable[[Any, Floats, Arrays, Arrays, Floats, float, tuple[float, ...], Floats], None] | None = None
@@ -362,8 +365,11 @@ def perform(
                 assert rule.apply is not None, rule.name
                 rule.apply(config, c, S, K, d, weight, args, stats)
             case Accumulate(weight=weight, args=args):
-                assert rule.accumulate is not None, rule.name
-                rule.accumulate(config, c, S, K, d, weight, args)
+                if (total := rule.total(config, S, args)) is not None:
+                    add(total, d, weight)
+                else:
+                    assert rule.accumulate is not None, rule.name
+                    rule.accumulate(config, c, S, K, d, weight, args)
             case Close(args=args):
                 assert rule.close is not None, rule.name
                 rule.close(config, c, S, args)
@@ -411,6 +417,11 @@ def _add(c: Any, d: Any, weight: Any) -> None:
         c[i] += weight * d[i]
 
 
+def add(total: Floats, d: Floats, weight: float) -> None:
+    """total <- total + weight D."""
+    _add(total, d, total.dtype.type(weight))
+
+
 def add_update(
     config: Config,
     c: Floats,
@@ -422,7 +433,7 @@ def add_update(
     stats: Floats,
 ) -> None:
     """c <- c + weight D."""
-    _add(c, d, c.dtype.type(weight))
+    add(c, d, weight)
 
 
 @kernel

@@ -33,7 +33,7 @@ from numpy.typing import DTypeLike
 from pydantic import Field
 
 from common.rules import base, rounds
-from common.rules.base import Accumulate, Arrays, Config, Effect, Facts, Floats, Member, Rule, Terms
+from common.rules.base import Accumulate, Config, Effect, Facts, Floats, Member, Rule, Terms
 
 Decisions: TypeAlias = dict[str, Any]
 """{"round", "last_s": last arrival, or None; "gap_s": moving average of gaps, or None; "quorum_s":
@@ -159,13 +159,6 @@ def state(config: DecoupledDiloco, overlap: bool, n: int, dtype: DTypeLike) -> S
     return made
 
 
-def accumulate(
-    config: DecoupledDiloco, c: Floats, state: State, session: Arrays, d: Floats, weight: float, args: tuple[float, ...]
-) -> None:
-    """total <- total + w D."""
-    rounds.accumulate(state.total, d, weight)
-
-
 def close(config: DecoupledDiloco, c: Floats, state: State, args: tuple[float, ...]) -> None:
     """The outer step on the weighted mean."""
     (weight,) = args
@@ -187,6 +180,6 @@ RULE = Rule(
     deadline=deadline,
     waits=waits,
     state=state,
-    accumulate=accumulate,
+    total=lambda config, state, args: state.total,
     close=close,
 )

@@ -242,12 +242,9 @@ def state(config: Diloco, overlap: bool, n: int, dtype: DTypeLike) -> Arrays:
 def accumulate(
     config: Diloco, c: Floats, state: Arrays, session: Arrays, d: Floats, weight: float, args: tuple[float, ...]
 ) -> None:
-    """total <- total + weight D."""
-    if config.fragments > 1:
-        real = c.dtype.type
-        _accumulate_part(state.total, state.part, d, real(weight), real(1.0 + args[0]))
-    else:
-        rounds.accumulate(state.total, d, weight)
+    """total <- total + weight D, and the fragment is noted beside it."""
+    real = c.dtype.type
+    _accumulate_part(state.total, state.part, d, real(weight), real(1.0 + args[0]))
 
 
 def close(config: Diloco, c: Floats, state: Arrays, args: tuple[float, ...]) -> None:
@@ -280,6 +277,7 @@ RULE = Rule(
     deadline=deadline,
     waits=waits,
     state=state,
+    total=lambda config, state, args: None if config.fragments > 1 else state.total,
     accumulate=accumulate,
     close=close,
 )

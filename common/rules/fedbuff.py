@@ -29,7 +29,6 @@ from pydantic import Field
 from common.rules import base
 from common.rules.base import (
     Accumulate,
-    Arrays,
     Close,
     Config,
     Decisions,
@@ -55,12 +54,6 @@ class State(NamedTuple):
     """sum: (n,) weighted updates since the last step of the center."""
 
     sum: Floats
-
-
-@kernel
-def _add(sum_: Any, d: Any, weight: Any) -> None:
-    for i in range(sum_.size):
-        sum_[i] += weight * d[i]
 
 
 @kernel
@@ -94,13 +87,6 @@ def admit(config: Fedbuff, decisions: Decisions, facts: Facts) -> tuple[Decision
     return {"buffered": 0 if full else buffered}, effects
 
 
-def accumulate(
-    config: Fedbuff, c: Floats, state: State, session: Arrays, d: Floats, weight: float, args: tuple[float, ...]
-) -> None:
-    """sum <- sum + weight D."""
-    _add(state.sum, d, c.dtype.type(weight))
-
-
 def close(config: Fedbuff, c: Floats, state: State, args: tuple[float, ...]) -> None:
     """c <- c + server_lr sum / K; sum <- 0."""
     _step(c, state.sum, c.dtype.type(config.server_lr / config.K))
@@ -114,6 +100,6 @@ RULE = Rule(
     start=start,
     state=state,
     admit=admit,
-    accumulate=accumulate,
+    total=lambda config, state, args: state.sum,
     close=close,
 )

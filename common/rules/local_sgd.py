@@ -350,11 +350,10 @@ def load(config: LocalSgd, c: Floats, state: Arrays) -> None:
         state.block[:] = c
 
 
-def accumulate(
-    config: LocalSgd, c: Floats, state: Arrays, session: Arrays, d: Floats, weight: float, args: tuple[float, ...]
-) -> None:
-    """total <- total + weight D, that of the block where there are blocks."""
-    rounds.accumulate(state.total[int(args[0])] if hierarchical(config) else state.total, d, weight)
+def total(config: LocalSgd, state: Arrays, args: tuple[float, ...]) -> Floats:
+    """Where there are blocks, that of the block."""
+    found: Floats = state.total[int(args[0])] if hierarchical(config) else state.total
+    return found
 
 
 def close(config: LocalSgd, c: Floats, state: Arrays, args: tuple[float, ...]) -> None:
@@ -391,6 +390,6 @@ RULE = Rule(
     waits=waits,
     state=state,
     load=load,
-    accumulate=accumulate,
+    total=total,
     close=close,
 )

@@ -99,12 +99,6 @@ def end(round_: Round, reason: str, *args: float) -> tuple[Round, list[Effect]]:
 
 
 @kernel
-def _accumulate(total: Any, d: Any, weight: Any) -> None:
-    for i in range(total.size):
-        total[i] += weight * d[i]
-
-
-@kernel
 def _mean(c: Any, total: Any, weight: Any) -> None:
     for i in range(c.size):
         c[i] += total[i] / weight
@@ -126,11 +120,6 @@ def _nesterov(c: Any, v: Any, total: Any, weight: Any, mu: Any, lr: Any) -> None
         v[i] = mu * v[i] + mean
         c[i] += lr * (mean + mu * v[i])
         total[i] = 0
-
-
-def accumulate(total: Floats, d: Floats, weight: float) -> None:
-    """total <- total + weight D."""
-    _accumulate(total, d, total.dtype.type(weight))
 
 
 def add_mean(c: Floats, total: Floats, weight: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from common import rules
 from common.replay import RuleServer
-from common.rules.base import Accumulate, Close, Facts, Floats, NoArrays, OptimizerFacts, Reply, Terms
+from common.rules.base import Accumulate, Close, Facts, Floats, NoArrays, OptimizerFacts, Reply, Terms, perform
 from tests.rule_driver import Cluster, Quadratic, simulate
 
 FEDBUFF, DOWNPOUR = rules.load("fedbuff"), rules.load("downpour")
@@ -93,8 +93,7 @@ def test_weight_scales_the_update() -> None:
     config = rules.configure(FEDBUFF, {})
     c, d = np.ones(3), np.array([4.0, 8.0, -16.0])
     state = FEDBUFF.state(config, False, 3, np.float64)
-    assert FEDBUFF.accumulate is not None
-    FEDBUFF.accumulate(config, c, state, NoArrays(), d, 0.25, ())
+    perform(FEDBUFF, config, [Accumulate(0.25, "of age")], c, state, NoArrays(), d, np.zeros(0))
     np.testing.assert_array_equal(state.sum, [1.0, 2.0, -4.0])
     np.testing.assert_array_equal(c, 1.0)
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.rules import rounds
+from common.rules import base, rounds
 from common.rules.base import Close, Floats, Reply
 
 
@@ -137,7 +137,7 @@ def test_outer_step_is_torch_sgd_on_minus_the_mean(nesterov: bool, dtype: Any) -
     for _ in range(20):
         updates = [random.normal(size=33).astype(dtype) for _ in range(3)]
         for d in updates:
-            rounds.accumulate(total, d, 1.0)
+            base.add(total, d, 1.0)
         parameter.grad = torch.from_numpy(-np.asarray(sum(updates) / dtype(3)))
         optimizer.step()
         rounds.outer_step(c, v, total, 3.0, 0.9, 0.7, nesterov)
@@ -151,7 +151,7 @@ def test_weights_scale_the_mean(dtype: Any) -> None:
     c, total = np.array([1.0, -2.0], dtype), np.zeros(2, dtype)
     for d, weight in ((4.0, 1.0), (8.0, 3.0)):
         known: Floats = np.full(2, d, dtype)
-        rounds.accumulate(total, known, weight)
+        base.add(total, known, weight)
         np.testing.assert_array_equal(known, d)
     rounds.add_mean(c, total, 4.0)
     np.testing.assert_array_equal(c, [8.0, 5.0])
