@@ -46,7 +46,6 @@ from common.rules.base import (
     Terms,
     add_update,
     changes_center,
-    computes,
     perform,
     sum_of,
 )
@@ -59,14 +58,6 @@ class Work(NamedTuple):
     parts: int
     elements: int
     run: Callable[[int, int, F32], Any]
-
-
-class _Summed(NamedTuple):
-    """total: (parameters,) float32 += weight x the update; then: the effects that are left."""
-
-    total: F32
-    weight: np.float32
-    then: Sequence[Effect]
 
 
 Source = tuple[str, int]
@@ -203,7 +194,7 @@ class Shard:
         source = source_of(reply)
         unseen = changes_center(effects) and exchange is None and source != CENTER
         added = _only_added(self.rule, effects) if reply is None or source == CENTER else None
-        summed = self._summed(effects)
+        summed = self._only_summed(effects)
         plain = _NOWHERE if reply is None else down.in_place(out)
         if plain is not None and reply is not None:
             out[plain.nbytes : down.bytes] = 0
@@ -216,15 +207,12 @@ class Shard:
             elif added is not None:
                 encode = partial(self._encode, down, out, source=CENTER, made=made, replica=replica, key=key)
                 first, finite = self._add_and_encode(up, first, last, update, added, encode)
-            elif summed is not None and reply is None and not computes(summed.then):
-                first, _ = self._add_and_copy(up, first, last, update, summed.weight, _NOWHERE, summed.total)
+            elif summed is not None:
+                total, weight = summed
+                first, _ = self._add_and_copy(up, first, last, update, weight, _NOWHERE, total)
             for index in range(first, last):
-                block, todo = up.blocks[index], effects
-                if summed is not None and index < up.parameter_blocks and block.codec.add is not None:
-                    up.add(index, index + 1, update, summed.total, summed.weight, _NOWHERE)
-                    d, todo = _NOWHERE, summed.then
-                else:
-                    d = up.values(block, update, scratch)
+                block = up.blocks[index]
+                d = up.values(block, update, scratch)
                 if reply is not None and reply.what == "before":
                     finite &= self._encode(down, out, index, CENTER, made, replica, key)
                 if index >= up.parameter_blocks:
@@ -234,7 +222,7 @@ class Shard:
                 else:
                     part = slice(block.first, block.last)
                     c, state, kept = self.center[part], _part(self.state, part), _part(session, part)
-                    perform(self.rule, self.config, todo, c, state, kept, d, self.stats[index])
+                    perform(self.rule, self.config, effects, c, state, kept, d, self.stats[index])
                     if exchange is not None:
                         finite &= self._exchange(exchange, down, index, c, state, kept, d, made[: d.size], out, key)
                 if source is not None:
@@ -301,13 +289,13 @@ class Shard:
             finite &= encode(index=index)
         return end, finite
 
-    def _summed(self, effects: Sequence[Effect]) -> _Summed | None:
-        """Where the update is first added to a vector of the rule's state, and then not wanted any more; else None."""
+    def _only_summed(self, effects: Sequence[Effect]) -> tuple[F32, np.float32] | None:
+        """The vector of the rule's state that the update is added to, and the weight, where nothing else is done; else
+        None."""
         match effects:
-            case [Accumulate(weight=weight, args=args), *then]:
+            case [Accumulate(weight=weight, args=args)]:
                 total = self.rule.total(self.config, self.state, args)
-                if total is not None and not any(isinstance(one, Apply | Accumulate | Exchange) for one in then):
-                    return _Summed(total, np.float32(weight), then)
+                return None if total is None else (total, np.float32(weight))
         return None
 
     def close_work(self, effects: Sequence[Effect]) -> Work:
