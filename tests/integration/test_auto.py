@@ -91,4 +91,5 @@ def test_in_shared_memory_no_loss_is_worth_it(tmp_path: Path, caplog: pytest.Log
         [row] = server.status()["workers"]
     assert reason == "fp32: updates lie in memory shared with the server, where no link could be relieved"
     assert row["updates"] == CANDIDATES * ROUNDS
-    assert row["bytes_up"] == (CANDIDATES * ROUNDS + 1) * UPDATE_BYTES, "every one as fp32, and the initial weights"
+    all_fp32 = (CANDIDATES * ROUNDS + 1) * UPDATE_BYTES  # with the initial weights
+    assert all_fp32 - UPDATE_BYTES <= row["bytes_up"] <= all_fp32, "but for what was tried before memory was shared"
